@@ -1,0 +1,67 @@
+# A fresh machine needs Python 3.11 or newer, make and a package registry. Everything else goes into .venv.
+
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := .ci/constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+PYTEST := $(BIN)/python -m pytest -n $(or $(WORKERS),2)
+OUT ?= out/quickstart
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: help demo test test-all test-tensorflow test-jax test-torch lint format bench clean
+.DEFAULT_GOAL := help
+
+help:  ## List what make can do
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+demo: $(VENV)/.dev  ## Train a small network with every rule; writes a picture and the figures to out/quickstart
+	$(BIN)/python recipes/quickstart.py --out $(OUT)
+
+test: test-tensorflow  ## Run the tests on TensorFlow
+
+test-all: test-tensorflow test-jax test-torch  ## Run the tests on TensorFlow, JAX and torch
+
+test-tensorflow: $(VENV)/.dev
+	KERAS_BACKEND=tensorflow KOPT_FLOATX=float64 $(PYTEST) tests/test_rules.py
+	KERAS_BACKEND=tensorflow $(PYTEST)
+
+test-jax: $(VENV)/.jax
+	KERAS_BACKEND=jax KOPT_FLOATX=float64 $(PYTEST) tests/test_rules.py
+	KERAS_BACKEND=jax $(PYTEST)
+
+test-torch: $(VENV)/.torch
+	KERAS_BACKEND=torch KOPT_FLOATX=float64 $(PYTEST) tests/test_rules.py
+	KERAS_BACKEND=torch $(PYTEST)
+
+lint: $(VENV)/.dev  ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev  ## Mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev  ## Time an optimizer's step beside Keras's; SMOKE=1 for a quick look
+	$(BIN)/python tests/bench/step.py $(if $(SMOKE),--smoke)
+
+clean:  ## Remove what make has made
+	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@for p in $(PYTHON) python3 python3.11 python3.12 python3.13; do \
+	  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && exec $$p -m venv $(VENV); \
+	done; echo "kopt needs Python 3.11 or newer; say where it is: make PYTHON=/path/to/python3" >&2; exit 1
+
+$(VENV)/.dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	@echo "Installing into $(VENV); this takes a minute or two, once."
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.jax: $(VENV)/.dev
+	$(PIP) --editable '.[jax]'
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.dev  # the build that this project tests with; a bare `torch` may bring gigabytes of CUDA
+	$(PIP) 'torch==2.13.0'
+	@touch $@

@@ -1,0 +1,13 @@
+"""Optimizers and training callbacks for Keras 3."""
+
+from kopt.numerics import exponentially_weighted_average as exponentially_weighted_average
+from kopt.optimizers.adagrad import Adagrad as Adagrad
+from kopt.optimizers.adam import Adam as Adam
+from kopt.optimizers.adamw import AdamW as AdamW
+from kopt.optimizers.base import Optimizer as Optimizer
+from kopt.optimizers.rmsprop import RMSprop as RMSprop
+from kopt.optimizers.rule import At as At
+from kopt.optimizers.rule import Slot as Slot
+from kopt.optimizers.sgd import SGD as SGD
+
+__version__ = "0.1.0"

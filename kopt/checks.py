@@ -1,0 +1,127 @@
+"""What an argument may be: one function for each kind, each returning the value in plain Python or refusing it.
+
+Every refusal is a ValueError of one form: what the argument must be, and `Received: name=value`.
+"""
+
+import inspect
+import math
+import operator
+import re
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+Check = Callable[[str, Any], Any]
+
+
+def refuse(name: str, allowed: str, value: Any):
+    raise ValueError(f"`{name}` must be {allowed}. Received: {name}={value!r}")
+
+
+def _number(name: str, allowed: str, value: Any) -> float:
+    """A real scalar of any library as a float; text, truth values, containers and complex numbers are refused."""
+    dtype = str(getattr(value, "dtype", type(value).__name__))
+    kind = getattr(value, "shape", ()) == () and hasattr(value, "__float__") and not isinstance(value, (str, bytes))
+    if not kind or "bool" in dtype or "complex" in dtype:
+        refuse(name, allowed, value)
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, NotImplementedError):
+        refuse(name, allowed, value)
+
+
+def _range(allowed: str, inside: Callable[[float], bool]) -> Check:
+    def check(name: str, value: Any) -> float:
+        number = _number(name, allowed, value)
+        if not (math.isfinite(number) and inside(number)):
+            refuse(name, allowed, value)
+        return number
+
+    return check
+
+
+SMALLEST = float(np.finfo("float32").tiny)  # below it, processors flush float32 numbers to zero
+
+positive = _range("a finite number greater than 0", lambda x: x >= SMALLEST)
+nonnegative = _range("a finite number of 0 or more", lambda x: x >= 0)
+at_least_one = _range("a finite number of 1 or more", lambda x: x >= 1)
+fraction = _range("a number in [0, 1)", lambda x: 0 <= x < 1)
+closed_fraction = _range("a number in [0, 1]", lambda x: 0 <= x <= 1)
+
+
+def boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        refuse(name, "True or False", value)
+    return bool(value)
+
+
+def text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value or "/" in value:
+        refuse(name, "a non-empty string without '/'", value)
+    return value
+
+
+def count(least: int) -> Check:
+    def check(name: str, value: Any) -> int:
+        allowed = f"an integer of {least} or more"
+        try:
+            number = operator.index(value)
+        except TypeError:
+            refuse(name, allowed, value)
+        if isinstance(value, (bool, np.bool_)) or number < least:
+            refuse(name, allowed, value)
+        return number
+
+    return check
+
+
+def one_of(*options: str) -> Check:
+    def check(name: str, value: Any) -> str:
+        if not isinstance(value, str) or value not in options:
+            refuse(name, "one of " + ", ".join(map(repr, options)), value)
+        return value
+
+    return check
+
+
+def optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def learning_rate(name: str, value: Any) -> Any:
+    """A number of 0 or more, a schedule, or a callable without arguments."""
+    allowed = "a finite number of 0 or more, a LearningRateSchedule, or a callable that takes no argument"
+    if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
+        return value
+    if callable(value) and not isinstance(value, type) and not _needs_arguments(value):
+        return value
+    return _range(allowed, lambda x: x >= 0)(name, value)
+
+
+def _needs_arguments(function: Callable) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return True
+    except ValueError:  # some built-in functions have no signature
+        return False
+    return False
+
+
+def keys(name: str, value: Any) -> list:
+    """Layers, models, variables, or regular expressions over variable paths; one alone stands for a list of one."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    allowed = "a layer, a model, a variable, a regular expression, or a list of these"
+    if not values:
+        refuse(name, allowed, value)
+    for key in values:
+        if isinstance(key, str) and key:
+            try:
+                re.compile(key)
+            except re.error as error:
+                refuse(name, f"{allowed} ({key!r} is not a regular expression: {error})", value)
+        elif not (hasattr(key, "path") or hasattr(key, "weights")):
+            refuse(name, allowed, value)
+    return values

@@ -1,0 +1,69 @@
+"""Arithmetic that rules, plots and finders share: tensors (or numbers) in, tensors (or numbers) out."""
+
+import math
+
+import numpy as np
+from keras import ops
+
+from kopt import checks
+
+
+def lerp(a, b, weight):
+    """The point that lies `weight` of the way from `a` to `b`."""
+    return a + weight * (b - a)
+
+
+def larger(a, b):
+    """The larger of `a` and `b`, NaN where `b` is NaN; `ops.maximum` on torch rounds float64 to float32."""
+    return ops.where(a >= b, a, b)
+
+
+def bias_correction(beta, t):
+    """`1 - beta**t`: how much of an average that started at zero is data after `t` steps.
+
+    Computed as -expm1(t log1p(beta - 1)): in float32, `1 - beta**t` loses four digits for beta = 0.999 and small t.
+    """
+    if isinstance(beta, (int, float)) and isinstance(t, (int, float)):
+        return 1.0 if beta == 0 else -math.expm1(t * math.log1p(beta - 1))
+    return -ops.expm1(t * ops.log1p(beta - 1))
+
+
+def exponentially_weighted_average(values, beta=None, *, window=None, bias_correction=True):
+    """Smooth a series: V = beta V + (1 - beta) value, divided by 1 - beta**t.
+
+    The average looks back over about `1 / (1 - beta)` values. Without the correction it starts near zero, because V
+    starts at zero; with it, the first entry is the first value. A NaN in the series stays in the average from then on.
+
+    Args:
+        values: Numbers in order of time; of an array, the first axis is time.
+        beta: Weight of the past, in [0, 1). Defaults to 0.9.
+        window: Give this instead of `beta` to say how many values to look back over: `beta = 1 - 1 / window`.
+        bias_correction: Whether to divide by `1 - beta**t`.
+
+    Returns:
+        A NumPy float64 array of the shape of `values`.
+
+    Example:
+        >>> kopt.exponentially_weighted_average([1.0, 1.0, 4.0], beta=0.5).round(3).tolist()
+        [1.0, 1.0, 2.714]
+        >>> kopt.exponentially_weighted_average([1.0, 1.0, 4.0], beta=0.5, bias_correction=False).tolist()
+        [0.5, 0.75, 2.375]
+    """
+    if beta is not None and window is not None:
+        raise ValueError(f"Only one of `beta` and `window` can be given. Received: beta={beta!r}, window={window!r}")
+    if window is not None:
+        beta = 1 - 1 / checks.at_least_one("window", window)
+    beta = 0.9 if beta is None else checks.fraction("beta", beta)
+    bias_correction = checks.boolean("bias_correction", bias_correction)
+
+    values = np.asarray(ops.convert_to_numpy(values), dtype="float64")
+    if values.ndim == 0:
+        raise ValueError(f"`values` must be a series, with time as its first axis. Received: values={values!r}")
+    averages, average = np.empty_like(values), np.zeros(values.shape[1:])
+    for i, value in enumerate(values):
+        average = beta * average + (1 - beta) * value
+        averages[i] = average
+    if bias_correction:
+        weights = 1 - beta ** np.arange(1, len(values) + 1, dtype="float64")
+        averages /= weights.reshape(-1, *[1] * (values.ndim - 1))
+    return averages

@@ -1,0 +1,1 @@
+"""One algorithm a file: its paper, its rule, its class."""

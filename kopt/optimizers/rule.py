@@ -1,0 +1,113 @@
+"""The vocabulary of a rule: the moment it is asked for, the state it keeps, the arguments it reads.
+
+A rule is a pure function `rule(g, w, *slots, at, **arguments) -> (step, *slots)` of the gradient `g`, the weight `w` and
+the slots; whoever calls it subtracts `step` from the weight. Inside a rule stand the paper's letters.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kopt import _keras, checks, numerics
+
+
+class At:
+    """The moment of a step: its number `t`, counted from 1, and the `learning_rate` at that step."""
+
+    def __init__(self, t, learning_rate):
+        self.t, self.learning_rate = t, learning_rate
+        self._corrections = {}
+
+    def correction(self, beta):
+        """`1 - beta**t`, computed once a step however many weights ask for it."""
+        if id(beta) not in self._corrections:
+            self._corrections[id(beta)] = beta, numerics.bias_correction(beta, self.t)
+        return self._corrections[id(beta)][1]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """State that a rule keeps for every weight: an array of the weight's shape, in float32 or wider."""
+
+    name: str
+    doc: str
+    initial: float = 0.0
+
+
+MASTER = Slot("master", "the float32 weight behind a 16-bit one")
+
+
+class Argument:
+    """A constructor argument, declared once: `check` judges it when it is given and whenever it is assigned."""
+
+    def __init__(self, check: checks.Check):
+        self.check = check
+
+    def __set_name__(self, owner, name):
+        self.name = name
+
+    def checked(self, value: Any):
+        return self.check(self.name, value)
+
+
+class Choice(Argument):
+    """An argument that shapes the step and its state: it is fixed once the optimizer is built."""
+
+    def __get__(self, optimizer, owner=None):
+        return self if optimizer is None else optimizer.choices[self.name]
+
+    def __set__(self, optimizer, value):
+        value = self.checked(value)
+        if optimizer.built:
+            raise ValueError(
+                f"`{self.name}` shapes the compiled step and its state, so it cannot change after build. "
+                f"Received: {self.name}={value!r}"
+            )
+        optimizer.choices[self.name] = value
+
+
+class Hyper(Argument):
+    """A number that the step reads from a variable: assign to it at any time, and the next step uses it.
+
+    `opens_slot` says that the rule needs a slot only where the number is not zero: without the slot it stays zero.
+    """
+
+    def __init__(self, check: checks.Check, opens_slot: bool = False):
+        super().__init__(check)
+        self.opens_slot = opens_slot
+
+    def checked(self, value: Any) -> float | None:
+        value = super().checked(value)
+        if value is not None:  # what is kept counts: 1 - 1e-9 is below 1, but not in float32
+            kept = float(np.asarray(value, _keras.wide_floatx()))
+            try:
+                self.check(self.name, kept)
+            except ValueError as error:
+                raise ValueError(f"{error}, which is {value!r} rounded to {_keras.wide_floatx()}") from None
+        return value
+
+    def __get__(self, optimizer, owner=None):
+        if optimizer is None:
+            return self
+        variable = optimizer.hyper_variables.get(self.name)
+        return None if variable is None else _keras.number(variable)
+
+    def __set__(self, optimizer, value):
+        value = self.checked(value)
+        variable = optimizer.hyper_variables.get(self.name)
+        if (variable is None) != (value is None):
+            given = None if variable is None else "a number"
+            raise ValueError(
+                f"`{self.name}` was {given} when the optimizer was made, so it stays so; give 0.0 at the start to "
+                f"change it later. Received: {self.name}={value!r}"
+            )
+        if self.opens_slot and optimizer.built and value and not optimizer.given[self.name]:
+            raise ValueError(
+                f"`{self.name}` was 0 when the optimizer was built, so it has no state for another value; "
+                f"give a positive `{self.name}` at the start. Received: {self.name}={value!r}"
+            )
+        if variable is not None:
+            variable.assign(value)
+            if not optimizer.built:
+                optimizer.given[self.name] = value
