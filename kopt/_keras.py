@@ -8,6 +8,11 @@ import contextlib
 import keras
 import numpy as np
 
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+elif keras.backend.backend() == "torch":
+    import torch
+
 register = keras.saving.register_keras_serializable(package="kopt")
 
 
@@ -34,31 +39,21 @@ def constant(value):
     return lambda shape, dtype: keras.ops.full(shape, keras.ops.convert_to_tensor(value, dtype), dtype)
 
 
-def dense(gradient):
-    """Sum the rows of a gradient of type `tf.IndexedSlices`; every other gradient is dense already."""
-    if hasattr(gradient, "indices") and hasattr(gradient, "dense_shape"):
-        import tensorflow as tf
-
-        return tf.convert_to_tensor(gradient)
-    return gradient
+def read(x, dtype):
+    """The value of a variable or tensor as a plain tensor: Keras's operators on its variables are other ones."""
+    if keras.backend.backend() == "tensorflow":  # the rows of `tf.IndexedSlices` are summed
+        return tf.cast(tf.convert_to_tensor(x), dtype)
+    return keras.ops.convert_to_tensor(x, dtype)
 
 
 def eagerly():
     """A context that leaves the TensorFlow function being traced, so that variables hold their values at once."""
-    if keras.backend.backend() != "tensorflow":
-        return contextlib.nullcontext()
-    import tensorflow as tf
-
-    return tf.init_scope()
+    return tf.init_scope() if keras.backend.backend() == "tensorflow" else contextlib.nullcontext()
 
 
 def unrecorded():
-    """A context in which torch keeps no graph for differentiation; the other backends do not need one."""
-    if keras.backend.backend() != "torch":
-        return contextlib.nullcontext()
-    import torch
-
-    return torch.no_grad()
+    """A context in which torch keeps no graph for differentiation; the other backends need none."""
+    return torch.no_grad() if keras.backend.backend() == "torch" else contextlib.nullcontext()
 
 
 class OptimizerBridge(keras.optimizers.Optimizer):

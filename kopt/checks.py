@@ -22,6 +22,8 @@ def refuse(name: str, allowed: str, value: Any):
 
 def _number(name: str, allowed: str, value: Any) -> float:
     """A real scalar of any library as a float; text, truth values, containers and complex numbers are refused."""
+    if isinstance(value, keras.Variable):
+        value = keras.ops.convert_to_numpy(value)
     dtype = str(getattr(value, "dtype", type(value).__name__))
     kind = getattr(value, "shape", ()) == () and hasattr(value, "__float__") and not isinstance(value, (str, bytes))
     if not kind or "bool" in dtype or "complex" in dtype:

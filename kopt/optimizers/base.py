@@ -5,7 +5,6 @@ import inspect
 from typing import TypedDict, Unpack
 
 import keras
-from keras import ops
 
 from kopt import _keras, checks
 from kopt.optimizers import execution, groups, state
@@ -141,7 +140,7 @@ class Optimizer(_keras.OptimizerBridge):
         if getattr(variable, "overwrite_with_gradient", False):  # Keras assigns the gradient itself
             return execution.Held(wide, (), None, decayed)
         slots = tuple(slot(s, _keras.constant(s.initial)) for s in self._slots)
-        master = slot(MASTER, lambda shape, dtype: ops.cast(variable, dtype)) if wide != dtype else None
+        master = slot(MASTER, lambda shape, dtype: _keras.read(variable, dtype)) if wide != dtype else None
         return execution.Held(wide, slots, master, decayed)
 
     def scalars(self, learning_rate) -> dict[str, execution.Shared]:
@@ -149,12 +148,12 @@ class Optimizer(_keras.OptimizerBridge):
         return {dtype: self._shared(dtype, learning_rate) for dtype in self._dtypes}
 
     def _shared(self, dtype, learning_rate) -> execution.Shared:
-        rate = ops.convert_to_tensor(learning_rate, dtype)
-        numbers = {name: ops.cast(variable, dtype) for name, variable in self.hyper_variables.items()}
+        rate = _keras.read(learning_rate, dtype)
+        numbers = {name: _keras.read(variable, dtype) for name, variable in self.hyper_variables.items()}
         arguments = {name: value for name, value in (self.choices | numbers).items() if name in self._reads}
         decay = numbers.get("weight_decay")
         return execution.Shared(
-            at=At(ops.cast(self.iterations, dtype) + 1, rate),
+            at=At(_keras.read(self.iterations, dtype) + 1, rate),
             arguments=arguments,
             l2=numbers.get("l2"),
             shrink=None if decay is None else 1 - rate * decay,

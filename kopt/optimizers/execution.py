@@ -33,10 +33,11 @@ class Held:
 def plain(rule, gradient, variable, held: Held, shared: Shared, assign) -> None:
     """Read one variable's weight and slots, run the rule, write them back."""
     weight = _weight(variable, held)
-    gradient = ops.cast(_keras.dense(gradient), held.dtype)
+    gradient = _keras.read(gradient, held.dtype)
     if held.decayed:
         gradient = gradients.coupled_decay(gradient, weight, shared.l2)
-    step, *slots = rule(gradient, weight, *map(ops.convert_to_tensor, held.slots), at=shared.at, **shared.arguments)
+    slots = [_keras.read(slot, held.dtype) for slot in held.slots]
+    step, *slots = rule(gradient, weight, *slots, at=shared.at, **shared.arguments)
     if held.decayed and shared.shrink is not None:
         weight = weight * shared.shrink
     weight = weight - step
@@ -51,7 +52,7 @@ def plain(rule, gradient, variable, held: Held, shared: Shared, assign) -> None:
 def _weight(variable, held: Held):
     """The weight in the dtype of the arithmetic: the master, but where the variable was assigned from outside."""
     if held.master is None:
-        return ops.cast(variable, held.dtype)
-    master = ops.convert_to_tensor(held.master)
-    untouched = ops.equal(ops.cast(master, _keras.dtype_of(variable)), variable)
-    return ops.where(untouched, master, ops.cast(variable, held.dtype))
+        return _keras.read(variable, held.dtype)
+    dtype = _keras.dtype_of(variable)
+    master, weight = _keras.read(held.master, held.dtype), _keras.read(variable, dtype)
+    return ops.where(ops.equal(ops.cast(master, dtype), weight), master, ops.cast(weight, held.dtype))

@@ -1,0 +1,237 @@
+"""State by name: what is saved is what is loaded, and what does not fit is refused."""
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import kopt
+from tests.catalog import CLASSES, OPTIMIZERS
+from tests.conftest import BACKEND
+from tests.test_optimizers import START, STREAM, X, Y, equal, network, numpy, run
+
+every_row = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
+every_class = pytest.mark.parametrize("row", CLASSES, ids=str)
+
+
+def fit(model, epochs=1):
+    model.fit(X, Y, batch_size=8, epochs=epochs, shuffle=False, verbose=0)
+    return model
+
+
+@every_row
+def test_config_makes_the_same_optimizer(row):
+    optimizer = row.make(l2=0.25, exclude_from_decay=["bias", r"gamma$"], clipnorm=2.0, use_ema=True, name="mine")
+    config = optimizer.get_config()
+    assert json.loads(json.dumps(config)) == config
+    assert type(optimizer).from_config(config).get_config() == config
+    for name, value in row.arguments.items():
+        assert config[name] == value
+    again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    assert type(again) is row.cls
+    assert again.get_config() == config
+    assert keras.saving.get_registered_name(row.cls) == f"kopt>{row.cls.__name__}"
+    with pytest.raises(ValueError, match="has no argument `surprise`"):
+        type(optimizer).from_config({**config, "surprise": 1})
+
+
+@every_row
+def test_repr_can_be_read_back(row):
+    optimizer = row.make()
+    assert eval(repr(optimizer), vars(kopt)).get_config() == {**optimizer.get_config(), "name": row.cls.__name__.lower()} \
+        or repr(eval(repr(optimizer), vars(kopt))) == repr(optimizer)  # fmt: skip
+
+
+@every_row
+def test_training_goes_on_from_a_file_bit_for_bit(row, tmp_path):
+    model = network(row.make(exclude_from_decay="bias", l2=0.01))
+    for name, value in row.changes.items():
+        setattr(model.optimizer, name, value)
+    fit(model).save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert equal(model.optimizer.variables, loaded.optimizer.variables)
+    assert all(getattr(loaded.optimizer, name) == value for name, value in row.changes.items())
+    assert equal(fit(model).variables, fit(loaded).variables)
+    assert equal(model.optimizer.variables, loaded.optimizer.variables)
+
+
+CHILD = """
+import sys, keras, numpy as np, kopt
+folder, names = sys.argv[1], sys.argv[2:]
+data = np.load(f"{folder}/data.npz")
+for name in names:
+    model = keras.models.load_model(f"{folder}/{name}.keras")
+    model.fit(data["x"], data["y"], batch_size=8, shuffle=False, verbose=0)
+    np.savez(f"{folder}/{name}.npz", *model.get_weights(), *(keras.ops.convert_to_numpy(v) for v in model.optimizer.variables))
+"""
+
+
+def test_training_goes_on_in_another_process(tmp_path):
+    models = {row.name: network(row.make()) for row in CLASSES}
+    np.savez(tmp_path / "data.npz", x=X, y=Y)
+    for name, model in models.items():
+        fit(model).save(tmp_path / f"{name}.keras")
+    done = subprocess.run([sys.executable, "-c", CHILD, tmp_path, *models], capture_output=True, text=True,
+                          env={**os.environ, "KERAS_BACKEND": BACKEND})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name, model in models.items():
+        fit(model)
+        theirs = np.load(tmp_path / f"{name}.npz").values()
+        assert equal([*model.get_weights(), *model.optimizer.variables], list(theirs)), name
+
+
+@pytest.mark.parametrize("wrap", ["loss scale", "multi"])
+def test_wrapped_optimizers_are_saved_whole(wrap, tmp_path):
+    inner = kopt.SGD(0.01, momentum=0.9)
+    optimizers = keras.optimizers
+    model = network(optimizers.LossScaleOptimizer(inner) if wrap == "loss scale" else optimizers.MultiOptimizer(
+        optimizers.OptimizerMap(inner, {".*head.*": kopt.Adam()})))  # fmt: skip
+    fit(model).save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert equal(fit(model).variables, fit(loaded).variables)
+    assert equal(model.optimizer.variables, loaded.optimizer.variables)
+
+
+def test_weights_wait_for_an_optimizer_that_is_not_built(tmp_path):
+    trained = fit(network(kopt.Adam(0.1)))
+    trained.save_weights(tmp_path / "all.weights.h5")
+    fresh = network(kopt.Adam(0.2))
+    fresh.load_weights(tmp_path / "all.weights.h5")
+    assert (int(fresh.optimizer.iterations), fresh.optimizer.get_config()["learning_rate"]) == (3, 0.1)
+    assert equal(fit(fresh).variables, fit(trained).variables)
+
+
+@every_class
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def test_copies_are_equal_and_independent(row, clone):
+    w, optimizer = keras.Variable(START), row.make()
+    run(optimizer, w)
+    w_copy, copied = keras.Variable(numpy([w])[0]), clone(optimizer)
+    held = numpy(optimizer.variables)
+    assert equal(run(copied, w_copy), run(optimizer, w))
+    assert not equal(optimizer.variables, held)
+
+
+def state_of(optimizer):
+    store = {}
+    optimizer.save_own_variables(store)
+    return store
+
+
+def branches(*names):
+    """A network whose two layers of the same shape bear these names."""
+    x = keras.Input((4,))
+    layers = [keras.layers.Dense(2, name=name) for name in names]
+    model = keras.Model(x, keras.layers.add([layer(x) for layer in layers]))
+    model.compile(kopt.Adam(0.01), loss="mse")
+    return model
+
+
+def test_names_decide_not_places():
+    one, two = fit(branches("left", "right")), branches("right", "left")
+    two.optimizer.build(two.trainable_variables)
+    two.optimizer.load_own_variables(state_of(one.optimizer))
+    by_name = {v.name: v for v in one.optimizer.variables}
+    assert equal([by_name[v.name] for v in two.optimizer.variables], two.optimizer.variables)
+
+
+def test_numbers_of_layers_do_not_count():
+    one = fit(branches(None, None))
+    two = branches(None, None)  # `dense_2`, `dense_3`
+    two.optimizer.build(two.trainable_variables)
+    two.optimizer.load_own_variables(state_of(one.optimizer))
+    assert equal(one.optimizer.variables, two.optimizer.variables)
+
+
+def test_a_state_that_does_not_fit_is_refused_and_says_where(tmp_path):
+    state = state_of(fit(branches("left", "right")).optimizer)
+
+    def refused(model, state, match, build=True):
+        if build:
+            model.optimizer.build(model.trainable_variables)
+        before = numpy(model.optimizer.variables)
+        with pytest.raises(ValueError, match=match):
+            model.optimizer.load_own_variables(state)
+        assert equal(model.optimizer.variables, before)
+
+    refused(branches("left", "middle"), state, r"m:middle.kernel is not in the file.*m:right.kernel is in the file only")
+    refused(network(kopt.SGD(momentum=0.9)), state, "momentum is not in the file; beta_1 is in the file only")
+    refused(network(kopt.SGD(momentum=0.9)), state, "momentum is not in the file", build=False)
+    refused(network(kopt.Adam()), {"0": np.array(1)}, "another kind of optimizer")
+    wider = branches("left", "right")
+    wider.optimizer.build([keras.Variable(np.ones((5, 2)), name="kernel")])
+    bent = {key: value.T if value.ndim == 2 else value for key, value in state.items()}
+    refused(branches("left", "right"), bent, r"m:left.kernel has shape \(4, 2\) here and \(2, 4\) in the file")
+
+    keras_model = network("adam")
+    fit(keras_model).save_weights(tmp_path / "keras.weights.h5")
+    ours = fit(network(kopt.Adam()))
+    with pytest.raises(ValueError, match="another kind of optimizer"):
+        ours.load_weights(tmp_path / "keras.weights.h5")
+
+
+def test_a_model_saved_before_training_loads(tmp_path):
+    model = network(kopt.Adam(0.05))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert equal(fit(model).variables, fit(loaded).variables)
+
+
+def test_a_schedule_here_and_a_number_there():
+    model = fit(network(kopt.SGD(0.1, momentum=0.9)))
+    schedule = keras.optimizers.schedules.CosineDecay(0.1, 100)
+    other = network(kopt.SGD(schedule, momentum=0.9))
+    other.optimizer.build(other.trainable_variables)
+    other.optimizer.load_own_variables(state_of(model.optimizer))
+    assert int(other.optimizer.iterations) == 3
+    model.optimizer.load_own_variables(state_of(fit(other).optimizer))
+    assert int(model.optimizer.iterations) == 6
+
+
+@every_class
+def test_exclusions_by_layer_survive_saving(row, tmp_path):
+    model = network("sgd")
+    optimizer = row.make(l2=0.1, exclude_from_decay=[model.get_layer("head"), "body/bias"])
+    model.compile(optimizer, loss="mse")
+    fit(model).save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert [h.decayed for h in loaded.optimizer._held] == [h.decayed for h in optimizer._held]
+    assert [h.decayed for h in optimizer._held] == [True, False, False, False]
+
+
+def test_set_weights_takes_all_or_nothing():
+    optimizer, w = kopt.Adam(), keras.Variable(START)
+    run(optimizer, w)
+    weights = numpy(optimizer.variables)
+    with pytest.raises(ValueError, match="`weights` must have 7 arrays. Received: 6 arrays"):
+        optimizer.set_weights(weights[:-1])
+    optimizer.set_weights(weights)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a format of TensorFlow's")
+def test_checkpoint_of_tensorflow(tmp_path):
+    import tensorflow as tf
+
+    w, optimizer = keras.Variable(START), kopt.Adam(0.1, beta_1=0.8)
+    run(optimizer, w)
+    path = tf.train.Checkpoint(optimizer=optimizer, w=w.value).write(str(tmp_path / "point"))
+    w_new, new = keras.Variable(START), kopt.Adam(0.3)
+    new.build([w_new])
+    tf.train.Checkpoint(optimizer=new, w=w_new.value).read(path).assert_consumed()
+    assert equal(new.variables, optimizer.variables)
+    assert equal(run(new, w_new, stream=STREAM), run(optimizer, w, stream=STREAM))
+
+
+def test_the_state_is_named_for_people():
+    model = fit(branches("left", "right"))
+    keys = list(state_of(model.optimizer))
+    assert keys[:5] == ["0:iteration", "1:learning_rate", "2:beta_1", "3:beta_2", "4:epsilon"]
+    assert keys[5:7] == ["5:m:left.kernel", "6:v:left.kernel"]
+    assert ops.convert_to_numpy(model.optimizer.iterations) == 3
