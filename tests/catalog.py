@@ -58,7 +58,11 @@ def rmsprop(name, slots, **arguments):
         arguments=arguments,
         torch=lambda optim, p: optim.RMSprop(p, 0.01, alpha=0.9, eps=1e-7, **arguments),
         optax=lambda optax: optax.rmsprop(
-            0.01, decay=0.9, eps=1e-7, eps_in_sqrt=False, centered=arguments.get("centered", False),
+            0.01,
+            decay=0.9,
+            eps=1e-7,
+            eps_in_sqrt=False,
+            centered=arguments.get("centered", False),
             momentum=arguments.get("momentum"),
         ),
         differs="torch and optax keep the rate out of the momentum, which shows only when the rate changes",

@@ -46,9 +46,7 @@ def rmsprop(w, g, s, t, *, learning_rate, rho=0.9, momentum=0.0, centered=False,
 
 
 @decayed
-def adam(
-    w, g, s, t, *, learning_rate, beta_1=0.9, beta_2=0.999, epsilon=1e-7, bias_correction=True, amsgrad=False
-):
+def adam(w, g, s, t, *, learning_rate, beta_1=0.9, beta_2=0.999, epsilon=1e-7, bias_correction=True, amsgrad=False):
     """Kingma & Ba, 2015, algorithm 1; AMSGrad: Reddi, Kale & Kumar, 2018, algorithm 2, with the corrections."""
     s["m"] = beta_1 * s.get("m", 0.0) + (1 - beta_1) * g
     s["v"] = beta_2 * s.get("v", 0.0) + (1 - beta_2) * g**2

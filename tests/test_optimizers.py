@@ -340,6 +340,7 @@ def test_learning_rate_can_be_replaced_by_its_own_kind_only():
 
 # Decay
 
+
 class Ones:
     """A gradient of ones, whatever the shape."""
 

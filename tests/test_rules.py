@@ -45,7 +45,8 @@ def test_equals_the_paper(row, decay):
     stream = gradients(even="l2" in decay)
     start = START.astype(FLOATX).astype("float64")
     changes = oracles.run(row.oracle, start, stream, **row.hypers(**decay))
-    for steps, (ours, theirs) in enumerate(zip(trained(row.make(**decay), stream), start + np.cumsum(changes, 0)), 1):
+    paper = start + np.cumsum(changes, 0)
+    for steps, (ours, theirs) in enumerate(zip(trained(row.make(**decay), stream), paper, strict=True), 1):
         if FLOATX == "float64":
             assert np.abs(ours - theirs).max() <= 1e-11 * np.abs(theirs).max()
         else:  # of each step: 2e-5 of its largest entry, and two units in the last place of the weights
@@ -63,9 +64,7 @@ def pure(row, stream, dtype):
     w = np.zeros(8, dtype)
     for t, g in enumerate(stream, start=1):
         tensors = [ops.convert_to_tensor(x, dtype=dtype) for x in (g, w, *state)]
-        step, *state = map(
-            ops.convert_to_numpy, rule(*tensors, at=kopt.At(t=t, learning_rate=row.rate), **arguments)
-        )
+        step, *state = map(ops.convert_to_numpy, rule(*tensors, at=kopt.At(t=t, learning_rate=row.rate), **arguments))
         yield step
 
 

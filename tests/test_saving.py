@@ -45,8 +45,8 @@ def test_config_makes_the_same_optimizer(row):
 @every_row
 def test_repr_can_be_read_back(row):
     optimizer = row.make()
-    assert eval(repr(optimizer), vars(kopt)).get_config() == {**optimizer.get_config(), "name": row.cls.__name__.lower()} \
-        or repr(eval(repr(optimizer), vars(kopt))) == repr(optimizer)  # fmt: skip
+    again = eval(repr(optimizer), vars(kopt))
+    assert again.get_config() | {"name": None} == optimizer.get_config() | {"name": None}
 
 
 @every_row
@@ -69,7 +69,8 @@ data = np.load(f"{folder}/data.npz")
 for name in names:
     model = keras.models.load_model(f"{folder}/{name}.keras")
     model.fit(data["x"], data["y"], batch_size=8, shuffle=False, verbose=0)
-    np.savez(f"{folder}/{name}.npz", *model.get_weights(), *(keras.ops.convert_to_numpy(v) for v in model.optimizer.variables))
+    state = [keras.ops.convert_to_numpy(v) for v in model.optimizer.variables]
+    np.savez(f"{folder}/{name}.npz", *model.get_weights(), *state)
 """
 
 
@@ -161,7 +162,9 @@ def test_a_state_that_does_not_fit_is_refused_and_says_where(tmp_path):
             model.optimizer.load_own_variables(state)
         assert equal(model.optimizer.variables, before)
 
-    refused(branches("left", "middle"), state, r"m:middle.kernel is not in the file.*m:right.kernel is in the file only")
+    refused(
+        branches("left", "middle"), state, r"m:middle.kernel is not in the file.*m:right.kernel is in the file only"
+    )
     refused(network(kopt.SGD(momentum=0.9)), state, "momentum is not in the file; beta_1 is in the file only")
     refused(network(kopt.SGD(momentum=0.9)), state, "momentum is not in the file", build=False)
     refused(network(kopt.Adam()), {"0": np.array(1)}, "another kind of optimizer")

@@ -50,9 +50,7 @@ class Adagrad(Optimizer):
     rule = staticmethod(adagrad)
 
     def __init__(self, learning_rate=0.01, initial_accumulator_value=0.0, epsilon=1e-7, **common: Unpack[Common]):
-        super().__init__(
-            learning_rate, initial_accumulator_value=initial_accumulator_value, epsilon=epsilon, **common
-        )
+        super().__init__(learning_rate, initial_accumulator_value=initial_accumulator_value, epsilon=epsilon, **common)
 
     @property
     def slots(self):

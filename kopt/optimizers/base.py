@@ -1,8 +1,8 @@
-"""The base of every optimizer: `build`, `update_step`, the config and the state, derived from a rule and what it declares."""
+"""The base of every optimizer: its step, its config and its state, derived from a rule and what the class declares."""
 
 import difflib
 import inspect
-from typing import TypedDict, Unpack
+from typing import TypedDict
 
 import keras
 

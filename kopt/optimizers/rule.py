@@ -1,7 +1,7 @@
 """The vocabulary of a rule: the moment it is asked for, the state it keeps, the arguments it reads.
 
-A rule is a pure function `rule(g, w, *slots, at, **arguments) -> (step, *slots)` of the gradient `g`, the weight `w` and
-the slots; whoever calls it subtracts `step` from the weight. Inside a rule stand the paper's letters.
+A rule is a pure function `rule(g, w, *slots, at, **arguments) -> (step, *slots)` of the gradient `g`, the weight `w`
+and the slots; whoever calls it subtracts `step` from the weight. Inside a rule stand the paper's letters.
 """
 
 from dataclasses import dataclass

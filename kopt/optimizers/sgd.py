@@ -52,10 +52,11 @@ class SGD(Optimizer):
 
         w += m v - a g       w -= a (g + m v)        w -= a (m v + (1 - m) g)
 
-    While the learning rate stays the same, the first two are equal, and the third is the second at the rate a (1 - m). They part when
-    the rate changes: a velocity keeps the rate that each gradient came with.
+    While the learning rate stays the same, the first two are equal, and the third is the second at the rate a (1 - m).
+    They part when the rate changes: a velocity keeps the rate that each gradient came with.
 
-    When to use it: with momentum 0.9 and a tuned, decaying rate it is hard to beat on images; it keeps one slot, or none.
+    When to use it: with momentum 0.9 and a tuned, decaying rate it is hard to beat on images;
+    it keeps one slot or none.
 
     Args:
         learning_rate: Number, schedule, or callable without arguments.

@@ -1,8 +1,9 @@
 """The state of an optimizer by name: what it is called in a file, and how a file is matched to an optimizer.
 
 A file holds `0:iteration`, `1:learning_rate`, ... for scalars and `5:v:dense.kernel` for slot `v` of `dense/kernel`:
-place, slot, path. Names decide. Where they differ, the places do, if slot, layer, variable and shape agree at each: Keras
-numbers layers anew in every model it builds (`dense_4` for `dense`), and drops the prefix of a `Sequential` on loading.
+place, slot, path. Names decide. Where they differ, the places do, if slot, layer, variable and shape agree at each:
+Keras numbers layers anew in every model it builds (`dense_4` for `dense`), and drops the prefix of a `Sequential` on
+loading.
 """
 
 import re

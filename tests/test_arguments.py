@@ -1,0 +1,57 @@
+"""What the constructors refuse, and in which words."""
+
+import keras
+import numpy as np
+import pytest
+
+import kopt
+from tests.catalog import CLASSES, COMMON_BAD, OPTIMIZERS
+
+BAD = [(row, bad) for row in OPTIMIZERS for bad in row.bad] + [(row, bad) for row in CLASSES for bad in COMMON_BAD]
+
+
+@pytest.mark.parametrize(("row", "bad"), BAD, ids=[f"{row}-{'-'.join(bad)}-{i}" for i, (row, bad) in enumerate(BAD)])
+def test_a_bad_argument_is_refused_by_name(row, bad):
+    name = next(iter(bad))
+    if any(key in row.arguments for key in bad if bad[key] is None):
+        pytest.skip("the row gives this argument a value of its own")
+    with pytest.raises(ValueError, match=rf"`?{name}`?.*Received: .*{name}="):
+        row.make(**bad)
+
+
+def test_the_message_says_what_is_allowed_and_what_came():
+    with pytest.raises(ValueError, match=r"^`beta_1` must be a number in \[0, 1\). Received: beta_1=1.2$"):
+        kopt.Adam(beta_1=1.2)
+    with pytest.raises(ValueError, match=r"Received: beta_1=1.0, which is 0.9999999999 rounded to float32$"):
+        kopt.Adam(beta_1=0.9999999999)
+    with pytest.raises(
+        ValueError, match=r"^`Adam` has no argument `lr`. Did you mean `learning_rate`\? Received: lr=0.1$"
+    ):
+        kopt.Adam(lr=0.1)
+    with pytest.raises(ValueError, match=r"`SGD` has no argument `momentun`. Did you mean `momentum`\?"):
+        kopt.SGD(momentun=0.9)
+    with pytest.raises(
+        ValueError, match=r"`form` must be one of 'velocity', 'gradient', 'average'. Received: form='torch'"
+    ):
+        kopt.SGD(momentum=0.9, form="torch")
+    with pytest.raises(ValueError, match=r"^`nesterov` must be False without `momentum`. Received: nesterov=True$"):
+        kopt.SGD(nesterov=True)
+
+
+@pytest.mark.parametrize("row", CLASSES, ids=str)
+def test_numbers_of_any_library_are_taken(row):
+    for one in (1, 1.0, np.float64(1), np.float32(1), np.int32(1), np.array(1), keras.ops.convert_to_tensor(1.0)):
+        config = row.make(learning_rate=one, l2=one, clipnorm=one).get_config()
+        assert [type(config[name]) for name in ("learning_rate", "l2", "clipnorm")] == [float] * 3
+        assert config["learning_rate"] == 1.0
+
+
+def test_sixteen_bits_do_not_round_hyperparameters():
+    keras.config.set_floatx("bfloat16")
+    try:
+        optimizer = kopt.Adam(1e-3)
+    finally:
+        keras.config.set_floatx("float32")
+    assert optimizer.beta_2 == 0.999
+    assert optimizer.get_config()["learning_rate"] == 1e-3
+    assert len(optimizer.variables) == 5
