@@ -89,8 +89,9 @@ def main(argv=None):
                 row["noise"] = abs(times["kopt again"]["ms"] / times["kopt"]["ms"] - 1)
                 results.append(row)
                 arm = {name: f"{time['ms']:8.2f} (first {time['first_ms']:.0f})" for name, time in times.items()}
-                print(f"{shape_name:22} {'XLA' if jit else 'no XLA':6} {rule:9} kopt {arm['kopt']:22} "
-                      f"Keras {arm['Keras']:22} ratio {row['ratio']:5.2f}, noise {row['noise']:.0%}", flush=True)  # fmt: skip
+                line = f"{shape_name:22} {'XLA' if jit else 'no XLA':6} {rule:9} "
+                line += f"kopt {arm['kopt']:22} Keras {arm['Keras']:22} "
+                print(line + f"ratio {row['ratio']:5.2f}, noise {row['noise']:.0%}", flush=True)
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
     return results
