@@ -1,0 +1,110 @@
+"""Where kopt and Keras agree, and where they do not: what the README says, shown on both.
+
+A test here that fails after an upgrade of Keras may only mean that Keras has mended something: then mend the README.
+"""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import kopt
+from tests.conftest import BACKEND
+from tests.test_optimizers import START, STEPS, STREAM, AtEpoch, network, numpy, run
+
+optimizers = keras.optimizers
+
+
+@pytest.mark.parametrize("arguments", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str)
+def test_sgd_is_the_same(arguments):
+    ours, theirs = keras.Variable(START), keras.Variable(START)
+    run(kopt.SGD(0.1, **arguments), ours)
+    run(optimizers.SGD(0.1, **arguments), theirs)
+    np.testing.assert_allclose(*numpy([ours, theirs]), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "keras_step"),
+    [
+        (kopt.RMSprop(1.0, rho=0.0), optimizers.RMSprop(1.0, rho=0.0), lambda g: g / np.sqrt(g**2 + 1e-7)),
+        (
+            kopt.Adagrad(1.0),
+            optimizers.Adagrad(1.0, initial_accumulator_value=0.0),
+            lambda g: g / np.sqrt(g**2 + 1e-7),
+        ),
+        (kopt.Adam(1.0), optimizers.Adam(1.0), lambda g: g / (g + 1e-7 / np.sqrt(0.001))),
+    ],
+    ids=["RMSprop", "Adagrad", "Adam"],
+)
+def test_epsilon_stands_elsewhere(ours, theirs, keras_step):
+    g = 1e-5
+    here, there = keras.Variable(np.zeros(1)), keras.Variable(np.zeros(1))
+    run(ours, here, stream=np.full((1, 1), g, "float32"))
+    run(theirs, there, stream=np.full((1, 1), g, "float32"))
+    assert numpy([here])[0] == pytest.approx(-g / (g + 1e-7), rel=1e-4)
+    assert numpy([there])[0] == pytest.approx(-keras_step(g), rel=1e-3)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras compiles no step on torch, so an assignment is seen there")
+def test_keras_ignores_what_is_assigned_after_compiling():
+    moved = {}
+    for name, optimizer in {"kopt": kopt.SGD(0.1, momentum=0.9), "Keras": optimizers.SGD(0.1, momentum=0.9)}.items():
+        weights = []
+        for change in (False, True):
+            model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, use_bias=False)])
+            model.compile(type(optimizer)(0.1, momentum=0.9), loss=lambda y, p: ops.mean(p), jit_compile=True)
+            model.set_weights([np.ones((3, 1))])
+            action = AtEpoch(1, lambda model, on=change: on and setattr(model.optimizer, "momentum", 0.1))
+            model.fit(np.ones((4, 3)), np.zeros(4), epochs=3, verbose=0, callbacks=[action])
+            weights.append(model.get_weights()[0])
+        moved[name] = np.abs(weights[0] - weights[1]).max()
+    assert moved["kopt"] > 0.1
+    assert moved["Keras"] == 0
+
+
+def test_bfloat16_weights_stand_still_in_keras():
+    ours, theirs = (keras.Variable(np.ones(4), dtype="bfloat16") for _ in range(2))
+    stream = np.ones((200, 4), "float32")
+    run(kopt.SGD(1e-4), ours, stream=stream)
+    run(optimizers.SGD(1e-4), theirs, stream=stream)
+    assert (ops.convert_to_numpy(ops.cast(ours, "float32")) < 1).all()
+    assert (ops.convert_to_numpy(ops.cast(theirs, "float32")) == 1).all()
+
+
+def test_state_that_does_not_fit_is_dropped_by_keras(tmp_path):
+    model = network(optimizers.Adam())
+    run(model.optimizer, *model.trainable_variables, stream=STEPS)
+    model.save_weights(tmp_path / "keras.weights.h5")
+    other = network(optimizers.SGD(momentum=0.9))
+    other.optimizer.build(other.trainable_variables)
+    with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
+        other.load_weights(tmp_path / "keras.weights.h5")
+
+    model = network(kopt.Adam())
+    run(model.optimizer, *model.trainable_variables, stream=STEPS)
+    model.save_weights(tmp_path / "kopt.weights.h5")
+    other = network(kopt.SGD(momentum=0.9))
+    other.optimizer.build(other.trainable_variables)
+    with pytest.raises(ValueError, match="does not fit the optimizer 'sgd"):
+        other.load_weights(tmp_path / "kopt.weights.h5")
+
+
+def test_exclusions_are_lost_by_keras():
+    theirs = optimizers.AdamW(weight_decay=0.1)
+    theirs.exclude_from_weight_decay(var_names=["bias"])
+    bias = keras.Variable(STREAM[0], name="bias")
+    assert not theirs._use_weight_decay(bias)
+    assert optimizers.AdamW.from_config(theirs.get_config())._use_weight_decay(bias)
+    ours = kopt.AdamW(weight_decay=0.1, exclude_from_decay="bias")
+    assert kopt.AdamW.from_config(ours.get_config()).exclude_from_decay == ["bias"]
+
+
+def test_bad_arguments_are_taken_by_keras():
+    for bad in ({"beta_1": 1.2}, {"beta_2": -1.0}, {"epsilon": "small"}, {"clipnorm": -1.0}, {"weight_decay": -1.0}):
+        optimizers.Adam(**bad)
+        with pytest.raises(ValueError, match=f"`{next(iter(bad))}`"):
+            kopt.Adam(**bad)
+    for good in (1, np.float32(0.1)):
+        kopt.Adam(good)
+        with pytest.raises(ValueError, match="should be float"):
+            optimizers.Adam(good)
