@@ -8,6 +8,8 @@ import contextlib
 import keras
 import numpy as np
 
+from kopt import checks
+
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 elif keras.backend.backend() == "torch":
@@ -23,10 +25,6 @@ def dtype_of(variable) -> str:
 def wide(dtype: str) -> str:
     """The dtype in which kopt computes and keeps state for `dtype`: float64 for float64, else float32."""
     return "float64" if dtype == "float64" else "float32"
-
-
-def wide_floatx() -> str:
-    return wide(keras.config.floatx())
 
 
 def number(variable) -> float:
@@ -63,9 +61,10 @@ class OptimizerBridge(keras.optimizers.Optimizer):
     returns is handed to every `update_step` of that step in place of the learning rate.
     """
 
-    def __init__(self, learning_rate, **arguments):
-        super().__init__(learning_rate, **arguments)
-        if not self.rate_is_scheduled() and keras.config.floatx() != wide_floatx():  # 16 bits would round the rate
+    def __init__(self, learning_rate, name=None):
+        self.__dict__["named"] = {}  # id of a variable -> its slot and the path of the model's variable
+        super().__init__(learning_rate, name=name)
+        if not self.rate_is_computed() and keras.config.floatx() != checks.held_dtype():  # 16 bits would round it
             self._untrack_variable(self._learning_rate)
             self._learning_rate = self.add_scalar("learning_rate", learning_rate)
 
@@ -77,29 +76,32 @@ class OptimizerBridge(keras.optimizers.Optimizer):
         return self.add_variable(
             shape=(),
             initializer=constant(value),
-            dtype=wide_floatx(),
+            dtype=checks.held_dtype(),
             aggregation="only_first_replica",
             name=name,
         )
 
-    def add_slot(self, variable, name, initializer, dtype):
-        """`add_variable_from_reference` with a dtype of its own: beside `variable`, distributed like it."""
+    def add_variable_from_reference(self, reference_variable, name=None, initializer="zeros", dtype=None):
+        """Keras's method, with a dtype of its own and a record of what the variable is for."""
         strategy = getattr(self, "_distribution_strategy", None)  # TensorFlow only
-        native = getattr(variable, "value", variable)
+        native = getattr(reference_variable, "value", reference_variable)
+        path = path_of(reference_variable)
         with strategy.extended.colocate_vars_with(native) if strategy else contextlib.nullcontext():
-            return self.add_variable(
-                shape=variable.shape,
+            variable = self.add_variable(
+                shape=reference_variable.shape,
                 initializer=initializer,
-                dtype=dtype,
-                layout=getattr(variable, "_layout", None),
-                name=f"{path_of(variable).replace('/', '_').replace(':', '_')}_{name}",
+                dtype=dtype or dtype_of(reference_variable),
+                layout=getattr(reference_variable, "_layout", None),
+                name=f"{path.replace('/', '_').replace(':', '_')}_{name or 'var'}",
             )
+        self.named[id(variable)] = name or "var", path
+        return variable
 
     def index_of(self, variable) -> int:
         """The position of a variable in the list that the optimizer was built with."""
         return self._get_variable_index(variable)
 
-    def rate_is_scheduled(self) -> bool:
+    def rate_is_computed(self) -> bool:
         return not isinstance(self._learning_rate, keras.Variable)
 
     def apply(self, grads, trainable_variables=None):

@@ -20,13 +20,36 @@ def refuse(name: str, allowed: str, value: Any):
     raise ValueError(f"`{name}` must be {allowed}. Received: {name}={value!r}")
 
 
+def held_dtype() -> str:
+    """The dtype in which an optimizer holds a number: the default one, but never less than float32."""
+    return "float64" if keras.config.floatx() == "float64" else "float32"
+
+
+def _held(number: float) -> float:
+    """The number as it counts once it is held: 1 - 1e-9 is 1, and what processors flush to zero is 0."""
+    with np.errstate(over="ignore"):
+        kept = float(np.asarray(number, held_dtype()))
+    return kept if abs(kept) >= np.finfo(held_dtype()).tiny else 0.0
+
+
+def _range(allowed: str, inside: Callable[[float], bool]) -> Check:
+    def check(name: str, value: Any) -> float:
+        number = _number(name, allowed, value)
+        for judged, where in ((number, ""), (_held(number), f", also when rounded to {held_dtype()}")):
+            if not (math.isfinite(judged) and inside(judged)):
+                refuse(name, allowed + where, value)
+        return number
+
+    return check
+
+
 def _number(name: str, allowed: str, value: Any) -> float:
     """A real scalar of any library as a float; text, truth values, containers and complex numbers are refused."""
     if isinstance(value, keras.Variable):
         value = keras.ops.convert_to_numpy(value)
     dtype = str(getattr(value, "dtype", type(value).__name__))
-    kind = getattr(value, "shape", ()) == () and hasattr(value, "__float__") and not isinstance(value, (str, bytes))
-    if not kind or "bool" in dtype or "complex" in dtype:
+    scalar = getattr(value, "shape", ()) == () and hasattr(value, "__float__")
+    if not scalar or "bool" in dtype or "complex" in dtype:
         refuse(name, allowed, value)
     try:
         return float(value)
@@ -34,19 +57,7 @@ def _number(name: str, allowed: str, value: Any) -> float:
         refuse(name, allowed, value)
 
 
-def _range(allowed: str, inside: Callable[[float], bool]) -> Check:
-    def check(name: str, value: Any) -> float:
-        number = _number(name, allowed, value)
-        if not (math.isfinite(number) and inside(number)):
-            refuse(name, allowed, value)
-        return number
-
-    return check
-
-
-SMALLEST = float(np.finfo("float32").tiny)  # below it, processors flush float32 numbers to zero
-
-positive = _range("a finite number greater than 0", lambda x: x >= SMALLEST)
+positive = _range("a finite number greater than 0", lambda x: x > 0)
 nonnegative = _range("a finite number of 0 or more", lambda x: x >= 0)
 at_least_one = _range("a finite number of 1 or more", lambda x: x >= 1)
 fraction = _range("a number in [0, 1)", lambda x: 0 <= x < 1)

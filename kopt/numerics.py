@@ -23,8 +23,10 @@ def bias_correction(beta, t):
 
     Computed as -expm1(t log1p(beta - 1)): in float32, `1 - beta**t` loses four digits for beta = 0.999 and small t.
     """
-    if isinstance(beta, (int, float)) and isinstance(t, (int, float)):
-        return 1.0 if beta == 0 else -math.expm1(t * math.log1p(beta - 1))
+    if isinstance(beta, (int, float)):
+        if isinstance(t, (int, float)):
+            return 1.0 if beta == 0 else -math.expm1(t * math.log1p(beta - 1))
+        beta = ops.convert_to_tensor(beta, t.dtype)
     return -ops.expm1(t * ops.log1p(beta - 1))
 
 

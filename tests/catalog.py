@@ -196,13 +196,13 @@ CLASSES = list({row.cls: row for row in reversed(OPTIMIZERS)}.values())  # the f
 
 COMMON_BAD = (  # refused by every optimizer
     {"learning_rate": "0.1"}, {"learning_rate": None}, {"learning_rate": True}, {"learning_rate": -1e-3},
-    {"learning_rate": float("inf")}, {"learning_rate": float("nan")}, {"learning_rate": [0.1]},
+    {"learning_rate": float("inf")}, {"learning_rate": 1e39}, {"learning_rate": float("nan")}, {"learning_rate": [0.1]},
     {"learning_rate": lambda step: 0.1}, {"learning_rate": float}, {"learning_rate": 1j},
     {"weight_decay": -1}, {"weight_decay": float("nan")}, {"weight_decay": "x"}, {"l2": -1}, {"l2": True},
     {"exclude_from_decay": 3, "l2": 0.1}, {"exclude_from_decay": [], "l2": 0.1},
     {"exclude_from_decay": "(", "l2": 0.1}, {"exclude_from_decay": "bias", "weight_decay": None, "l2": None},
-    {"clipnorm": 0}, {"clipnorm": -1.0}, {"clipvalue": float("nan")}, {"global_clipnorm": "1"},
-    {"clipnorm": 1.0, "clipvalue": 1.0}, {"use_ema": 1}, {"ema_momentum": 1.1}, {"ema_momentum": -0.1},
+    {"clipnorm": 0}, {"clipnorm": 1e-60}, {"clipnorm": -1.0}, {"clipvalue": float("nan")}, {"global_clipnorm": "1"},
+    {"clipvalue": 1.0, "clipnorm": 1.0}, {"use_ema": 1}, {"ema_momentum": 1.1}, {"ema_momentum": -0.1},
     {"ema_overwrite_frequency": 0}, {"ema_overwrite_frequency": 1.5}, {"loss_scale_factor": 0},
     {"gradient_accumulation_steps": 1}, {"gradient_accumulation_steps": 2.0}, {"gradient_accumulation_steps": True},
     {"name": ""}, {"name": "a/b"}, {"name": 3}, {"lr": 0.1}, {"momentun": 0.9}, {"decay": 0.1},

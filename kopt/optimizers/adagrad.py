@@ -20,8 +20,8 @@ class Adagrad(Optimizer):
 
         c += g²;    w -= a g / (√c + epsilon)
 
-    When to use it: sparse features, where rare coordinates should keep large steps. Steps only ever shrink, so long
-    runs of a deep network stall; RMSprop and Adam forget instead.
+    When to use it: sparse features, where rare coordinates should keep their pace. c only grows, so the pace only
+    drops, and long runs of a deep network stall; RMSprop and Adam forget instead.
 
     Args:
         learning_rate: Number, schedule, or callable without arguments.

@@ -9,6 +9,9 @@ from kopt.numerics import larger, lerp
 from kopt.optimizers.base import Common, Optimizer
 from kopt.optimizers.rule import Choice, Hyper, Slot
 
+MOMENTS = Slot("m", doc="mean of g"), Slot("v", doc="mean of g²")
+LARGEST = Slot("v_max", doc="largest v so far")
+
 
 def adam(g, w, m, v, *, at, beta_1, beta_2, epsilon, bias_correction):
     m = lerp(m, g, 1 - beta_1)
@@ -36,8 +39,8 @@ class Adam(Optimizer):
         m = beta_1 m + (1 - beta_1) g;    v = beta_2 v + (1 - beta_2) g²
         m̂ = m / (1 - beta_1ᵗ);    v̂ = v / (1 - beta_2ᵗ);    w -= a m̂ / (√v̂ + epsilon)
 
-    The corrections undo that m and v start at zero; without them the first steps are up to
-    (1 - beta_1) / √(1 - beta_2), three times, too long. `amsgrad=True` keeps the largest v so far in place of v.
+    The corrections undo that m and v start at zero; without them the first step is three times too long, the twelfth
+    more than six times. `amsgrad=True` divides by the largest v so far in place of v.
 
     When to use it: the default for most networks; 1e-3 or 5e-4 is a good first rate.
 
@@ -47,7 +50,7 @@ class Adam(Optimizer):
         beta_2: Weight of the past in v, in [0, 1).
         epsilon: Keeps the division finite; outside the root, after the correction.
         bias_correction: Whether to divide m and v by the corrections.
-        amsgrad: Whether steps may only shrink with v; one slot more.
+        amsgrad: Whether to divide by the largest v so far; one slot more.
         **common: What every optimizer takes; see `kopt.Optimizer`.
 
     Example:
@@ -97,5 +100,4 @@ class Adam(Optimizer):
 
     @property
     def slots(self):
-        moments = Slot("m", doc="mean of g"), Slot("v", doc="mean of g²")
-        return (*moments, Slot("v_max", doc="largest v so far")) if self.amsgrad else moments
+        return (*MOMENTS, LARGEST) if self.amsgrad else MOMENTS

@@ -2,9 +2,10 @@
 
 from typing import Unpack
 
-from kopt import _keras
-from kopt.optimizers.adam import Adam
+from kopt import _keras, checks
+from kopt.optimizers.adam import LARGEST, MOMENTS, adam, amsgrad
 from kopt.optimizers.base import Common, Optimizer
+from kopt.optimizers.rule import Choice, Hyper
 
 
 @_keras.register
@@ -25,7 +26,7 @@ class AdamW(Optimizer):
         beta_2: Weight of the past in v, in [0, 1).
         epsilon: Keeps the division finite; outside the root, after the correction.
         bias_correction: Whether to divide m and v by the corrections.
-        amsgrad: Whether steps may only shrink with v; one slot more.
+        amsgrad: Whether to divide by the largest v so far; one slot more.
         weight_decay: The pull, times the learning rate, on each step.
         **common: What every optimizer takes; see `kopt.Optimizer`.
 
@@ -43,9 +44,11 @@ class AdamW(Optimizer):
     (see `kopt.Adam`) and in the default decay, 0.004 there.
     """
 
-    beta_1, beta_2, epsilon = Adam.beta_1, Adam.beta_2, Adam.epsilon
-    bias_correction, amsgrad = Adam.bias_correction, Adam.amsgrad
-    rule, slots = Adam.rule, Adam.slots
+    beta_1 = Hyper(checks.fraction)
+    beta_2 = Hyper(checks.fraction)
+    epsilon = Hyper(checks.positive)
+    bias_correction = Choice(checks.boolean)
+    amsgrad = Choice(checks.boolean)
 
     def __init__(
         self,
@@ -68,3 +71,11 @@ class AdamW(Optimizer):
             weight_decay=weight_decay,
             **common,
         )
+
+    @property
+    def rule(self):
+        return amsgrad if self.amsgrad else adam
+
+    @property
+    def slots(self):
+        return (*MOMENTS, LARGEST) if self.amsgrad else MOMENTS

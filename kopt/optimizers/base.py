@@ -10,19 +10,9 @@ from kopt import _keras, checks
 from kopt.optimizers import execution, groups, state
 from kopt.optimizers.rule import MASTER, Argument, At, Choice, Hyper, Slot
 
-_KERAS = {  # arguments that Keras's own base reads
-    "clipnorm": checks.optional(checks.positive),
-    "clipvalue": checks.optional(checks.positive),
-    "global_clipnorm": checks.optional(checks.positive),
-    "use_ema": checks.boolean,
-    "ema_momentum": checks.closed_fraction,
-    "ema_overwrite_frequency": checks.optional(checks.count(1)),
-    "loss_scale_factor": checks.optional(checks.positive),
-    "gradient_accumulation_steps": checks.optional(checks.count(2)),
-    "name": checks.optional(checks.text),
-}
 _DEFAULTS = {"use_ema": False, "ema_momentum": 0.99}  # of the common arguments; the others are None
-_ELSEWHERE = {"lr": "learning_rate", "alpha": "learning_rate", "eps": "epsilon", "decay": "weight_decay"}
+_RENAMED = {"lr": "learning_rate", "eps": "epsilon", "decay": "weight_decay", "alpha": "rho", "wd": "weight_decay"}
+_CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
 class Common(TypedDict, total=False):
@@ -71,41 +61,63 @@ class Optimizer(_keras.OptimizerBridge):
     weight_decay = Hyper(checks.optional(checks.nonnegative))
     l2 = Hyper(checks.optional(checks.nonnegative))
     exclude_from_decay = Choice(checks.optional(checks.keys))
+    clipnorm = Choice(checks.optional(checks.positive))
+    clipvalue = Choice(checks.optional(checks.positive))
+    global_clipnorm = Choice(checks.optional(checks.positive))
+    use_ema = Choice(checks.boolean)
+    ema_momentum = Choice(checks.closed_fraction)
+    ema_overwrite_frequency = Choice(checks.optional(checks.count(1)))
+    loss_scale_factor = Choice(checks.optional(checks.positive))
+    gradient_accumulation_steps = Choice(checks.optional(checks.count(2)))
 
-    def __init__(self, learning_rate, **arguments):
+    def __init__(self, learning_rate, *, name=None, **arguments):
+        if type(self).rule is None:
+            raise TypeError("`kopt.Optimizer` has no rule of its own; use one of its subclasses, such as `kopt.Adam`")
         declared = self.declared()
-        arguments = {"weight_decay": None, "l2": None, "exclude_from_decay": None} | arguments
-        for name in arguments.keys() - declared.keys() - _KERAS.keys():
-            raise ValueError(self._unknown(name, arguments[name]))
+        if unknown := sorted(arguments.keys() - declared):
+            raise ValueError(self._unknown(unknown[0], arguments[unknown[0]]))
+        arguments = {argument: _DEFAULTS.get(argument) for argument in declared} | arguments
         learning_rate = checks.learning_rate("learning_rate", learning_rate)
-        own = {name: argument.checked(arguments[name]) for name, argument in declared.items()}
-        common = {name: check(name, arguments[name]) for name, check in _KERAS.items() if name in arguments}
-        self.check_together(own)
-        if own["exclude_from_decay"] and own["weight_decay"] is None and own["l2"] is None:
-            checks.refuse("exclude_from_decay", "None without `weight_decay` or `l2`", arguments["exclude_from_decay"])
+        name = checks.optional(checks.text)("name", name)
+        arguments = {argument: declared[argument].check(argument, value) for argument, value in arguments.items()}
+        self.check_together(arguments)
 
         # Plain dictionaries, set past Keras's tracking: `add_scalar` tracks the variables.
-        self.__dict__.update(given=own, hyper_variables={}, choices={}, paths=(), waiting={})
-        super().__init__(learning_rate, **common)
-        for name, argument in declared.items():
-            if isinstance(argument, Choice):
-                self.choices[name] = own[name]
-            elif own[name] is not None:
-                self.hyper_variables[name] = self.add_scalar(name, own[name])
-
-    def check_together(self, given: dict) -> None:
-        """Refuse arguments that are right one by one but not together."""
+        self.__dict__.update(ready=False, choices={}, hyper_variables={}, opened={}, waiting={})
+        super().__init__(learning_rate, name=name)
+        for argument, value in arguments.items():
+            if isinstance(declared[argument], Choice):
+                self.choices[argument] = value
+            elif value is not None:
+                self.hyper_variables[argument] = self.add_scalar(argument, value)
+        self.__dict__["ready"] = True
 
     @classmethod
     def declared(cls) -> dict[str, Argument]:
-        """The arguments of this class that are `Hyper` or `Choice`, in the order of its constructor."""
+        """The arguments that are a `Hyper` or a `Choice`, those of the constructor's signature first."""
         found = {n: a for base in reversed(cls.__mro__) for n, a in vars(base).items() if isinstance(a, Argument)}
-        order = [*inspect.signature(cls.__init__).parameters, *found]
-        return dict(sorted(found.items(), key=lambda item: order.index(item[0])))
+        first = [name for name in inspect.signature(cls.__init__).parameters if name in found]
+        return {name: found[name] for name in [*first, *found]}
+
+    def arguments(self) -> dict:
+        """The declared arguments with the values in use."""
+        return {name: getattr(self, name) for name in self.declared()}
+
+    def check_together(self, arguments: dict) -> None:
+        """Refuse arguments that are right one by one but not together."""
+        if arguments["exclude_from_decay"] and arguments["weight_decay"] is None and arguments["l2"] is None:
+            checks.refuse("exclude_from_decay", "None without `weight_decay` or `l2`", arguments["exclude_from_decay"])
+        clips = [name for name in _CLIPS if arguments[name] is not None]
+        if len(clips) > 1:
+            checks.refuse(clips[1], f"None beside `{clips[0]}`", arguments[clips[1]])
+
+    def opens(self, name: str) -> bool:
+        """Whether the slot that the number `name` needs is there, or will be at build."""
+        return bool(self.opened.get(name) if self.built else getattr(self, name))
 
     def _unknown(self, name, value) -> str:
-        allowed = ["learning_rate", *self.declared(), *_KERAS]
-        near = [_ELSEWHERE[name]] if name in _ELSEWHERE else difflib.get_close_matches(name, allowed, 1)
+        allowed = ["learning_rate", *self.declared(), "name"]
+        near = [_RENAMED[name]] if _RENAMED.get(name) in allowed else difflib.get_close_matches(name, allowed, 1)
         hint = f"Did you mean `{near[0]}`?" if near else "It takes " + ", ".join(f"`{a}`" for a in allowed) + "."
         return f"`{type(self).__name__}` has no argument `{name}`. {hint} Received: {name}={value!r}"
 
@@ -117,8 +129,8 @@ class Optimizer(_keras.OptimizerBridge):
             return
         variables = list(variables)
         excluded = groups.select("exclude_from_decay", self.exclude_from_decay or [], variables)
+        self.opened.update({name: getattr(self, name) for name, a in self.declared().items() if _opens_slot(a)})
         with _keras.eagerly():
-            self.paths = tuple(_keras.path_of(v) for v in variables)
             super().build(variables)
             self._rule, self._slots = self.rule, tuple(self.slots)
             self._reads = inspect.signature(self._rule).parameters.keys() & self.declared().keys()
@@ -132,15 +144,13 @@ class Optimizer(_keras.OptimizerBridge):
         dtype = _keras.dtype_of(variable)
         if "float" not in dtype:
             raise ValueError(f"A trainable variable must be of floats. Received: {_keras.path_of(variable)} of {dtype}")
-        wide = _keras.wide(dtype)
-
-        def slot(slot, initial):
-            return self.add_slot(variable, slot.name, initial, wide)
-
+        wide, add = _keras.wide(dtype), self.add_variable_from_reference
         if getattr(variable, "overwrite_with_gradient", False):  # Keras assigns the gradient itself
             return execution.Held(wide, (), None, decayed)
-        slots = tuple(slot(s, _keras.constant(s.initial)) for s in self._slots)
-        master = slot(MASTER, lambda shape, dtype: _keras.read(variable, dtype)) if wide != dtype else None
+        slots = tuple(add(variable, slot.name, _keras.constant(slot.initial), wide) for slot in self._slots)
+        master = None
+        if wide != dtype:
+            master = add(variable, MASTER.name, lambda shape, dtype: _keras.read(variable, dtype), wide)
         return execution.Held(wide, slots, master, decayed)
 
     def scalars(self, learning_rate) -> dict[str, execution.Shared]:
@@ -156,7 +166,7 @@ class Optimizer(_keras.OptimizerBridge):
             at=At(_keras.read(self.iterations, dtype) + 1, rate),
             arguments=arguments,
             l2=numbers.get("l2"),
-            shrink=None if decay is None else 1 - rate * decay,
+            decay=None if decay is None else rate * decay,
         )
 
     def update_step(self, gradient, variable, learning_rate):
@@ -174,8 +184,9 @@ class Optimizer(_keras.OptimizerBridge):
     @learning_rate.setter
     def learning_rate(self, value):
         value = checks.learning_rate("learning_rate", value)
-        if isinstance(value, float) and self.rate_is_scheduled():
-            checks.refuse("learning_rate", "a schedule or a callable, as at the start, to be replaced", value)
+        if self.built and (self.rate_is_computed() or not isinstance(value, float)):
+            kind = "the schedule or callable" if self.rate_is_computed() else "a number"
+            checks.refuse("learning_rate", f"{kind} that it was at build, since the compiled step follows it", value)
         keras.optimizers.Optimizer.learning_rate.fset(self, value)
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
@@ -183,17 +194,13 @@ class Optimizer(_keras.OptimizerBridge):
         self.exclude_from_decay = [*(self.exclude_from_decay or []), *(var_list or []), *(var_names or [])] or None
 
     def get_config(self):
-        config = super().get_config()
-        if not self.rate_is_scheduled():
+        config = super().get_config() | self.arguments()
+        if not self.rate_is_computed():
             config["learning_rate"] = _keras.number(super().learning_rate)
-        for name, argument in self.declared().items():
-            value = getattr(self, name)
-            if isinstance(argument, Hyper) and argument.opens_slot and not value:
-                value = self.given[name]  # the slots must be made again; the state holds the number in use
-            config[name] = value
         if self.exclude_from_decay:
             config["exclude_from_decay"] = groups.patterns(self.exclude_from_decay)
-        return config
+        # A number that is zero by now made a slot: it must be made again, and the state holds the number in use.
+        return config | {name: value for name, value in self.opened.items() if value and not config[name]}
 
     def save_own_variables(self, store):
         state.save(self, store)
@@ -209,5 +216,9 @@ class Optimizer(_keras.OptimizerBridge):
     def __repr__(self):
         defaults = {name: p.default for name, p in inspect.signature(type(self).__init__).parameters.items()}
         config = self.get_config()
-        shown = {n: config[n] for n in config if n != "name" and config[n] != defaults.get(n, _DEFAULTS.get(n))}
+        shown = {n: v for n, v in config.items() if n != "name" and v != defaults.get(n, _DEFAULTS.get(n))}
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+def _opens_slot(argument: Argument) -> bool:
+    return isinstance(argument, Hyper) and argument.opens_slot

@@ -17,7 +17,7 @@ class Shared:
     at: At
     arguments: dict[str, Any]  # of the rule
     l2: Any = None
-    shrink: Any = None  # decoupled decay: 1 - learning rate * weight decay
+    decay: Any = None  # learning rate * weight decay
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ def plain(rule, gradient, variable, held: Held, shared: Shared, assign) -> None:
         gradient = gradients.coupled_decay(gradient, weight, shared.l2)
     slots = [_keras.read(slot, held.dtype) for slot in held.slots]
     step, *slots = rule(gradient, weight, *slots, at=shared.at, **shared.arguments)
-    if held.decayed and shared.shrink is not None:
-        weight = weight * shared.shrink
+    if held.decayed and shared.decay is not None:
+        step = step + shared.decay * weight  # 1 - learning rate * weight decay would round the decay away
     weight = weight - step
 
     for slot, value in zip(held.slots, slots, strict=True):

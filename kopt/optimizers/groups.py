@@ -34,5 +34,7 @@ def _pattern(key) -> str:
     paths = [_keras.path_of(v) for v in getattr(key, "weights", [key])]
     if not paths:  # a layer that is not built has no variables yet
         return rf"(^|/){re.escape(key.name)}/"
-    tails = ["/".join(path.split("/")[-2:]) for path in paths]  # loading a `Sequential` drops the path's front
-    return "(^|/)(" + "|".join(re.escape(tail) for tail in dict.fromkeys(tails)) + ")$"
+    # Loading drops the name of a `Sequential` from the front of a path: all but the last two parts may be missing.
+    fronts = [(path.split("/")[:-2], "/".join(path.split("/")[-2:])) for path in paths]
+    whole = ["".join(f"({re.escape(part)}/)?" for part in front) + re.escape(tail) for front, tail in fronts]
+    return "^(" + "|".join(dict.fromkeys(whole)) + ")$"

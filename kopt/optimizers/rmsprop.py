@@ -91,11 +91,11 @@ class RMSprop(Optimizer):
 
     @property
     def rule(self):
-        return RULES[self.centered, bool(self.given["momentum"])]
+        return RULES[self.centered, self.opens("momentum")]
 
     @property
     def slots(self):
         mean_square = Slot("c", doc="mean of g²")
         spread = Slot("s", doc="variance of g"), Slot("mean", doc="mean of g")
         steps = Slot("v", doc="sum of past steps")
-        return (*(spread if self.centered else (mean_square,)), *((steps,) if self.given["momentum"] else ()))
+        return (*(spread if self.centered else (mean_square,)), *((steps,) if self.opens("momentum") else ()))

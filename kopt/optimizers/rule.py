@@ -7,8 +7,6 @@ and the slots; whoever calls it subtracts `step` from the weight. Inside a rule 
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from kopt import _keras, checks, numerics
 
 
@@ -47,22 +45,28 @@ class Argument:
     def __set_name__(self, owner, name):
         self.name = name
 
-    def checked(self, value: Any):
-        return self.check(self.name, value)
+    def judged(self, optimizer, value: Any):
+        """The value in plain Python, if it is right by itself and beside the other arguments."""
+        value = self.check(self.name, value)
+        if not optimizer.built:
+            optimizer.check_together(optimizer.arguments() | {self.name: value})
+        return value
 
 
 class Choice(Argument):
-    """An argument that shapes the step and its state: it is fixed once the optimizer is built."""
+    """An argument that the step and its state are made from: it is fixed once the optimizer is built."""
 
     def __get__(self, optimizer, owner=None):
-        return self if optimizer is None else optimizer.choices[self.name]
+        return self if optimizer is None else optimizer.choices.get(self.name)
 
     def __set__(self, optimizer, value):
-        value = self.checked(value)
-        if optimizer.built:
+        if not optimizer.ready:  # Keras's constructor assigns its own defaults
+            return
+        value = self.judged(optimizer, value)
+        if optimizer.built and (isinstance(value, list) or value != optimizer.choices[self.name]):
             raise ValueError(
-                f"`{self.name}` shapes the compiled step and its state, so it cannot change after build. "
-                f"Received: {self.name}={value!r}"
+                f"`{self.name}` must be as it was at build, {optimizer.choices[self.name]!r}: the step and its state "
+                f"were made from it. Received: {self.name}={value!r}"
             )
         optimizer.choices[self.name] = value
 
@@ -77,16 +81,6 @@ class Hyper(Argument):
         super().__init__(check)
         self.opens_slot = opens_slot
 
-    def checked(self, value: Any) -> float | None:
-        value = super().checked(value)
-        if value is not None:  # what is kept counts: 1 - 1e-9 is below 1, but not in float32
-            kept = float(np.asarray(value, _keras.wide_floatx()))
-            try:
-                self.check(self.name, kept)
-            except ValueError as error:
-                raise ValueError(f"{error}, which is {value!r} rounded to {_keras.wide_floatx()}") from None
-        return value
-
     def __get__(self, optimizer, owner=None):
         if optimizer is None:
             return self
@@ -94,20 +88,20 @@ class Hyper(Argument):
         return None if variable is None else _keras.number(variable)
 
     def __set__(self, optimizer, value):
-        value = self.checked(value)
-        variable = optimizer.hyper_variables.get(self.name)
+        if not optimizer.ready:
+            return
+        value, variable = self.judged(optimizer, value), optimizer.hyper_variables.get(self.name)
         if (variable is None) != (value is None):
-            given = None if variable is None else "a number"
-            raise ValueError(
-                f"`{self.name}` was {given} when the optimizer was made, so it stays so; give 0.0 at the start to "
-                f"change it later. Received: {self.name}={value!r}"
+            start = (
+                "None at the start, so it stays None" if variable is None else "a number at the start, so it stays one"
             )
-        if self.opens_slot and optimizer.built and value and not optimizer.given[self.name]:
             raise ValueError(
-                f"`{self.name}` was 0 when the optimizer was built, so it has no state for another value; "
-                f"give a positive `{self.name}` at the start. Received: {self.name}={value!r}"
+                f"`{self.name}` must be what it was: {start}; 0.0 leaves the choice. Received: {self.name}={value!r}"
+            )
+        if self.opens_slot and optimizer.built and value and not optimizer.opens(self.name):
+            raise ValueError(
+                f"`{self.name}` must be 0, as it was at build: there is no slot for another value. "
+                f"Received: {self.name}={value!r}"
             )
         if variable is not None:
             variable.assign(value)
-            if not optimizer.built:
-                optimizer.given[self.name] = value

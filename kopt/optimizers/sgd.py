@@ -55,8 +55,7 @@ class SGD(Optimizer):
     While the learning rate stays the same, the first two are equal, and the third is the second at the rate a (1 - m).
     They part when the rate changes: a velocity keeps the rate that each gradient came with.
 
-    When to use it: with momentum 0.9 and a tuned, decaying rate it is hard to beat on images;
-    it keeps one slot or none.
+    When to use it: images, with momentum 0.9 and a rate that is tuned and decays; it keeps one slot or none.
 
     Args:
         learning_rate: Number, schedule, or callable without arguments.
@@ -86,14 +85,15 @@ class SGD(Optimizer):
     def __init__(self, learning_rate=0.01, momentum=0.0, nesterov=False, form="velocity", **common: Unpack[Common]):
         super().__init__(learning_rate, momentum=momentum, nesterov=nesterov, form=form, **common)
 
-    def check_together(self, given):
-        if given["nesterov"] and not given["momentum"]:
+    def check_together(self, arguments):
+        super().check_together(arguments)
+        if arguments["nesterov"] and not arguments["momentum"]:
             checks.refuse("nesterov", "False without `momentum`", True)
 
     @property
     def rule(self):
-        return FORMS[self.form] if self.given["momentum"] else sgd
+        return FORMS[self.form] if self.opens("momentum") else sgd
 
     @property
     def slots(self):
-        return (Slot("v", doc="velocity, sum or mean of gradients, by `form`"),) if self.given["momentum"] else ()
+        return (Slot("v", doc="velocity, sum or mean of gradients, by `form`"),) if self.opens("momentum") else ()

@@ -7,6 +7,7 @@ loading.
 """
 
 import re
+from collections import Counter
 
 import numpy as np
 
@@ -55,13 +56,13 @@ def load_slots(optimizer, arrays: dict[str, np.ndarray]) -> None:
 
 def names(optimizer) -> list[str]:
     """One name for each of the optimizer's variables, in their order: `iteration`, or `v:dense.kernel`."""
-    flat = {path.replace("/", "_").replace(":", "_"): path.replace("/", ".") for path in optimizer.paths}
-    unique: list[str] = []
+    seen: Counter[str] = Counter()
+    unique = []
     for variable in optimizer.variables:
-        stem = max((stem for stem in flat if variable.name.startswith(f"{stem}_")), key=len, default=None)
-        name = variable.name if stem is None else f"{variable.name[len(stem) + 1 :]}:{flat[stem]}"
-        again = unique.count(name)
-        unique.append(f"{name}#{again + 1}" if again else name)
+        slot, path = optimizer.named.get(id(variable), (None, None))
+        name = variable.name if slot is None else f"{slot}:{path.replace('/', '.')}"
+        seen[name] += 1
+        unique.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
     return unique
 
 
