@@ -36,6 +36,20 @@ class Row:
         return self.name
 
 
+class Uncorrected:
+    """torch's Adam with the bias corrections taken out again: the rate and epsilon of each step undo them."""
+
+    def __init__(self, adam):
+        self.adam, self.t, self.start = adam, 0, adam.param_groups[0].copy()
+
+    def step(self):
+        self.t += 1
+        first, second = (1 - beta**self.t for beta in self.start["betas"])
+        self.adam.param_groups[0]["lr"] = self.start["lr"] * first / second**0.5
+        self.adam.param_groups[0]["eps"] = self.start["eps"] / second**0.5
+        self.adam.step()
+
+
 def sgd(name, nesterov=False, form="velocity", **more):
     return Row(
         name,
@@ -56,7 +70,7 @@ def rmsprop(name, slots, **arguments):
         oracles.rmsprop,
         slots=slots,
         arguments=arguments,
-        torch=lambda optim, p: optim.RMSprop(p, 0.01, alpha=0.9, eps=1e-7, **arguments),
+        torch=lambda optim, p, **more: optim.RMSprop(p, 0.01, alpha=0.9, eps=1e-7, **arguments, **more),
         optax=lambda optax: optax.rmsprop(
             0.01,
             decay=0.9,
@@ -81,40 +95,40 @@ OPTIMIZERS = [
         kopt.SGD,
         oracles.sgd,
         slots=(),
-        torch=lambda optim, p: optim.SGD(p, 0.01),
+        torch=lambda optim, p, **more: optim.SGD(p, 0.01, **more),
         optax=lambda optax: optax.sgd(0.01),
         bad=({"momentum": 1.0}, {"momentum": float("nan")}, {"nesterov": True}, {"form": "torch", "momentum": 0.9}),
     ),
     sgd(
         "momentum",
-        torch=lambda optim, p: optim.SGD(p, 0.01, momentum=0.9),
+        torch=lambda optim, p, **more: optim.SGD(p, 0.01, momentum=0.9, **more),
         optax=lambda optax: optax.sgd(0.01, momentum=0.9),
         differs="torch and optax keep the rate out of the velocity, which shows only when the rate changes",
     ),
     sgd(
         "nesterov",
         nesterov=True,
-        torch=lambda optim, p: optim.SGD(p, 0.01, momentum=0.9, nesterov=True),
+        torch=lambda optim, p, **more: optim.SGD(p, 0.01, momentum=0.9, nesterov=True, **more),
         optax=lambda optax: optax.sgd(0.01, momentum=0.9, nesterov=True),
         differs="as momentum",
     ),
     sgd(
         "momentum-gradient",
         form="gradient",
-        torch=lambda optim, p: optim.SGD(p, 0.01, momentum=0.9),
+        torch=lambda optim, p, **more: optim.SGD(p, 0.01, momentum=0.9, **more),
         optax=lambda optax: optax.sgd(0.01, momentum=0.9),
     ),
     sgd(
         "nesterov-gradient",
         form="gradient",
         nesterov=True,
-        torch=lambda optim, p: optim.SGD(p, 0.01, momentum=0.9, nesterov=True),
+        torch=lambda optim, p, **more: optim.SGD(p, 0.01, momentum=0.9, nesterov=True, **more),
         optax=lambda optax: optax.sgd(0.01, momentum=0.9, nesterov=True),
     ),
     sgd(
         "momentum-average",
         form="average",
-        torch=lambda optim, p: optim.SGD(p, 0.01 * 0.1, momentum=0.9),
+        torch=lambda optim, p, **more: optim.SGD(p, 0.01 * 0.1, momentum=0.9, **more),
         optax=lambda optax: optax.chain(optax.ema(0.9, debias=False), optax.scale(-0.01)),
         differs="torch has this form with another first step (dampening); its sum at the rate a (1 - m) is the same",
     ),
@@ -122,7 +136,7 @@ OPTIMIZERS = [
         "nesterov-average",
         form="average",
         nesterov=True,
-        torch=lambda optim, p: optim.SGD(p, 0.01 * 0.1, momentum=0.9, nesterov=True),
+        torch=lambda optim, p, **more: optim.SGD(p, 0.01 * 0.1, momentum=0.9, nesterov=True, **more),
         optax=lambda optax: optax.sgd(0.01 * 0.1, momentum=0.9, nesterov=True),
         differs="as momentum-average",
     ),
@@ -131,7 +145,7 @@ OPTIMIZERS = [
         kopt.Adagrad,
         oracles.adagrad,
         slots=("c",),
-        torch=lambda optim, p: optim.Adagrad(p, 0.01, eps=1e-7),
+        torch=lambda optim, p, **more: optim.Adagrad(p, 0.01, eps=1e-7, **more),
         differs="optax adds epsilon inside the root",
         changes={"epsilon": 1e-2},
         bad=({"initial_accumulator_value": -1.0}, {"epsilon": 0}, {"epsilon": None}, {"epsilon": True}),
@@ -143,7 +157,7 @@ OPTIMIZERS = [
         oracles.adagrad,
         slots=("c",),
         arguments={"initial_accumulator_value": 0.1},
-        torch=lambda optim, p: optim.Adagrad(p, 0.01, eps=1e-7, initial_accumulator_value=0.1),
+        torch=lambda optim, p, **more: optim.Adagrad(p, 0.01, eps=1e-7, initial_accumulator_value=0.1, **more),
         differs="as adagrad",
     ),
     rmsprop("rmsprop", ("c",)),
@@ -155,7 +169,7 @@ OPTIMIZERS = [
         kopt.Adam,
         oracles.adam,
         slots=("m", "v"),
-        torch=lambda optim, p: optim.Adam(p, 0.01, eps=1e-7),
+        torch=lambda optim, p, **more: optim.Adam(p, 0.01, eps=1e-7, **more),
         optax=lambda optax: optax.adam(0.01, eps=1e-7),
         changes={"beta_1": 0.5, "beta_2": 0.9, "epsilon": 1e-2},
         bad=BAD_BETAS,
@@ -167,7 +181,17 @@ OPTIMIZERS = [
         oracles.adam,
         slots=("m", "v"),
         arguments={"bias_correction": False},
-        differs="neither torch nor optax has it; the oracle is the course's first form",
+        torch=lambda optim, p, **more: Uncorrected(optim.Adam(p, 0.01, eps=1e-7, **more)),
+        differs="torch always corrects, so its rate and epsilon are set at each step to undo that; optax likewise",
+    ),
+    Row(
+        "amsgrad-uncorrected",
+        kopt.Adam,
+        oracles.adam,
+        slots=("m", "v", "v_max"),
+        arguments={"bias_correction": False, "amsgrad": True},
+        torch=lambda optim, p, **more: Uncorrected(optim.Adam(p, 0.01, eps=1e-7, amsgrad=True, **more)),
+        differs="as adam-uncorrected",
     ),
     Row(
         "amsgrad",
@@ -175,7 +199,7 @@ OPTIMIZERS = [
         oracles.adam,
         slots=("m", "v", "v_max"),
         arguments={"amsgrad": True},
-        torch=lambda optim, p: optim.Adam(p, 0.01, eps=1e-7, amsgrad=True),
+        torch=lambda optim, p, **more: optim.Adam(p, 0.01, eps=1e-7, amsgrad=True, **more),
         differs="optax takes the maximum of the corrected v",
     ),
     Row(
@@ -184,7 +208,7 @@ OPTIMIZERS = [
         oracles.adam,
         slots=("m", "v"),
         arguments={"weight_decay": 0.1},
-        torch=lambda optim, p: optim.AdamW(p, 0.01, eps=1e-7, weight_decay=0.1),
+        torch=lambda optim, p, **more: optim.AdamW(p, 0.01, eps=1e-7, weight_decay=0.1, **more),
         optax=lambda optax: optax.adamw(0.01, eps=1e-7, weight_decay=0.1),
         changes={"beta_1": 0.5, "beta_2": 0.9, "epsilon": 1e-2, "weight_decay": 0.5},
         bad=(*BAD_BETAS, {"weight_decay": -0.1}, {"weight_decay": "0.1"}),
