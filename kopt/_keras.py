@@ -27,9 +27,34 @@ def wide(dtype: str) -> str:
     return "float64" if dtype == "float64" else "float32"
 
 
-def number(variable) -> float:
-    """The value of a scalar variable as the shortest float that is stored as it: 0.9, not 0.8999999761581421."""
-    return float(str(np.asarray(keras.ops.convert_to_numpy(variable))[()]))
+def to_numpy(variable) -> np.ndarray:
+    return np.array(keras.ops.convert_to_numpy(variable))
+
+
+def number(variable, known: float) -> float:
+    """The value of a scalar variable as the shortest float that is stored as it: 0.9, not 0.8999999761581421.
+
+    Where no value can be read, while a step is compiled or in the hands of JAX, it is the one that is `known`.
+    """
+    try:
+        return float(str(to_numpy(variable)[()]))
+    except (NotImplementedError, TypeError):
+        return known
+
+
+def is_symbolic(value) -> bool:
+    """Whether this is a tensor of a TensorFlow function that is being traced, which has no value yet."""
+    return keras.backend.backend() == "tensorflow" and tf.is_tensor(value) and not hasattr(value, "numpy")
+
+
+def assign(name, variable, value) -> None:
+    """Assign to a variable, unless JAX would lose it: between two steps of `fit` it holds the values itself."""
+    if getattr(variable, "_value", value) is None:
+        raise ValueError(
+            f"`{name}` must be assigned through `self.model.optimizer`, which fetches the state from the running step, "
+            f"not through a reference from before. Received: {name}={value!r}"
+        )
+    variable.assign(value)
 
 
 def constant(value):
@@ -84,7 +109,7 @@ class OptimizerBridge(keras.optimizers.Optimizer):
     def add_variable_from_reference(self, reference_variable, name=None, initializer="zeros", dtype=None):
         """Keras's method, with a dtype of its own and a record of what the variable is for."""
         strategy = getattr(self, "_distribution_strategy", None)  # TensorFlow only
-        native = getattr(reference_variable, "value", reference_variable)
+        native = reference_variable.value if isinstance(reference_variable, keras.Variable) else reference_variable
         path = path_of(reference_variable)
         with strategy.extended.colocate_vars_with(native) if strategy else contextlib.nullcontext():
             variable = self.add_variable(

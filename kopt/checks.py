@@ -135,6 +135,9 @@ def keys(name: str, value: Any) -> list:
                 re.compile(key)
             except re.error as error:
                 refuse(name, f"{allowed} ({key!r} is not a regular expression: {error})", value)
-        elif not (hasattr(key, "path") or hasattr(key, "weights")):
+        elif isinstance(key, dict):  # as a config holds it; see optimizers/groups.py
+            if key.keys() != {"path", "place"}:
+                refuse(name, allowed, value)
+        elif isinstance(key, type) or not (hasattr(key, "path") or hasattr(key, "weights")):
             refuse(name, allowed, value)
     return values

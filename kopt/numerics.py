@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from keras import ops
+from keras import config, ops
 
 from kopt import checks
 
@@ -23,10 +23,11 @@ def bias_correction(beta, t):
 
     Computed as -expm1(t log1p(beta - 1)): in float32, `1 - beta**t` loses four digits for beta = 0.999 and small t.
     """
-    if isinstance(beta, (int, float)):
-        if isinstance(t, (int, float)):
-            return 1.0 if beta == 0 else -math.expm1(t * math.log1p(beta - 1))
-        beta = ops.convert_to_tensor(beta, t.dtype)
+    if isinstance(beta, (int, float)) and isinstance(t, (int, float)):
+        return 1.0 if beta == 0 else -math.expm1(t * math.log1p(beta - 1))
+    floats = [x.dtype for x in (beta, t) if "float" in str(getattr(x, "dtype", ""))]
+    dtype = floats[0] if floats else config.floatx()
+    beta, t = ops.convert_to_tensor(beta, dtype), ops.convert_to_tensor(t, dtype)
     return -ops.expm1(t * ops.log1p(beta - 1))
 
 
@@ -52,15 +53,16 @@ def exponentially_weighted_average(values, beta=None, *, window=None, bias_corre
         [0.5, 0.75, 2.375]
     """
     if beta is not None and window is not None:
-        raise ValueError(f"Only one of `beta` and `window` can be given. Received: beta={beta!r}, window={window!r}")
+        checks.refuse("window", f"None beside `beta` ({beta!r})", window)
     if window is not None:
         beta = 1 - 1 / checks.at_least_one("window", window)
     beta = 0.9 if beta is None else checks.fraction("beta", beta)
     bias_correction = checks.boolean("bias_correction", bias_correction)
 
-    values = np.asarray(ops.convert_to_numpy(values), dtype="float64")
-    if values.ndim == 0:
-        raise ValueError(f"`values` must be a series, with time as its first axis. Received: values={values!r}")
+    series = np.asarray(ops.convert_to_numpy(values) if ops.is_tensor(values) else values)
+    if series.dtype.kind not in "biuf" or series.ndim == 0:
+        checks.refuse("values", "a series of real numbers, with time as its first axis", values)
+    values = series.astype("float64")
     averages, average = np.empty_like(values), np.zeros(values.shape[1:])
     for i, value in enumerate(values):
         average = beta * average + (1 - beta) * value

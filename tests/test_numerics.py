@@ -49,7 +49,7 @@ def test_average_by_window():
         ({"beta": 1.0}, "beta"),
         ({"beta": "x"}, "beta"),
         ({"window": 0.5}, "window"),
-        ({"beta": 0.5, "window": 2}, "beta"),
+        ({"beta": 0.5, "window": 2}, "window"),
         ({"bias_correction": 1}, "bias_correction"),
     ],
 )
@@ -58,3 +58,15 @@ def test_average_refuses(arguments, name):
         kopt.exponentially_weighted_average([1.0], **arguments)
     with pytest.raises(ValueError, match=r"`values` must be a series"):
         kopt.exponentially_weighted_average(1.0)
+
+
+@pytest.mark.parametrize("values", ["abc", [1j], [None, 1.0], {1.0, 2.0}, ["1"], 3.0])
+def test_average_refuses_what_is_no_series(values):
+    with pytest.raises(ValueError, match="^`values` must be a series of real numbers.* Received: values="):
+        kopt.exponentially_weighted_average(values)
+
+
+def test_bias_correction_takes_counts_of_any_kind():
+    for t in (2, 2.0, ops.convert_to_tensor(2), ops.convert_to_tensor(2.0)):
+        assert float(numerics.bias_correction(ops.convert_to_tensor(0.5), t)) == pytest.approx(0.75)
+        assert float(numerics.bias_correction(0.5, t)) == pytest.approx(0.75)

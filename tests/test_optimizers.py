@@ -304,6 +304,54 @@ def test_choices_are_fixed_by_build(row):
             setattr(optimizer, name, value)
 
 
+def test_numbers_can_be_read_and_set_inside_a_train_step():
+    seen = []
+
+    class Warming(keras.Sequential):
+        def train_step(self, *args, **kwargs):
+            seen.append((self.optimizer.beta_1, repr(self.optimizer)))
+            if BACKEND == "tensorflow":  # on JAX an assignment cannot leave the compiled step
+                self.optimizer.learning_rate = 0.5 * ops.cast(self.optimizer.iterations + 1, "float32")
+                self.optimizer.beta_2 = ops.cast(0.5, "float32")
+            return super().train_step(*args, **kwargs)
+
+    model = Warming([keras.Input((4,)), keras.layers.Dense(2)])
+    model.compile(kopt.Adam(0.1, beta_1=0.8), loss="mse")
+    model.fit(X, Y, batch_size=8, verbose=0)
+    assert seen[0][0] == 0.8
+    if BACKEND == "tensorflow":
+        assert (float(model.optimizer.learning_rate), model.optimizer.beta_2) == (1.5, 0.5)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="only JAX takes the variables away while fit runs")
+def test_an_assignment_that_jax_would_lose_is_refused():
+    model, optimizer = network(kopt.Adam(0.1)), None
+    optimizer = model.optimizer
+
+    class Cached(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            assert optimizer.beta_1 == 0.9
+            for name in ("beta_1", "learning_rate"):
+                with pytest.raises(ValueError, match=f"`{name}` must be assigned through `self.model.optimizer`"):
+                    setattr(optimizer, name, 0.5)
+            self.model.optimizer.beta_2 = 0.5
+
+    model.fit(X, Y, batch_size=8, verbose=0, callbacks=[Cached()])
+    assert (optimizer.beta_1, optimizer.beta_2) == (0.9, 0.5)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a variable of TensorFlow's own")
+@every_class
+def test_variables_of_tensorflow_itself(row):
+    import tensorflow as tf
+
+    native, ours = tf.Variable(START), keras.Variable(START)
+    optimizer = row.make()
+    for g in STREAM:
+        optimizer.apply([tf.constant(g)], [native])
+    assert equal([native], run(row.make(), ours))
+
+
 def test_numbers_without_state_stay_as_they_are():
     optimizer = kopt.SGD()
     optimizer.momentum = 0.9  # before build the slot can still be made
@@ -349,8 +397,8 @@ def test_learning_rate_can_be_replaced_by_its_own_kind_only():
     constant = keras.optimizers.schedules.PiecewiseConstantDecay([10], [1.0, 0.1])
     for start, others in {
         0.1: [constant, lambda: 0.1],
-        Halving(): [0.1, constant],
-        (lambda: 0.1): [0.1, constant],
+        Halving(): [0.2, constant],
+        (lambda: 0.1): [0.2, constant],
     }.items():
         optimizer = kopt.SGD(start)
         optimizer.build([keras.Variable(START)])
@@ -417,9 +465,15 @@ def test_an_exclusion_that_matches_nothing_is_refused():
     other.build((None, 4))
     for key in ("biass$", other, other.bias):
         optimizer = kopt.SGD(weight_decay=0.1, exclude_from_decay=["kernel", key])
-        with pytest.raises(ValueError, match=r"`exclude_from_decay` matches none of .*head/bias.*Received: exclude"):
+        with pytest.raises(
+            ValueError, match=r"`exclude_from_decay` must match a trainable.*head/bias.* Received: exclude"
+        ):
             optimizer.build(model.trainable_variables)
         assert not optimizer.built
+    model.get_layer("head").trainable = False  # a frozen layer matches nothing, and nothing is meant to happen to it
+    optimizer = kopt.SGD(weight_decay=0.1, exclude_from_decay=model.get_layer("head"))
+    optimizer.build(model.trainable_variables)
+    assert kopt.SGD.from_config(optimizer.get_config()).exclude_from_decay == ["(^|/)head(/|$)"]
 
     optimizer = kopt.SGD(weight_decay=0.1)
     optimizer.exclude_from_weight_decay(var_names=["bias"])  # Keras's way

@@ -101,12 +101,66 @@ def test_wrapped_optimizers_are_saved_whole(wrap, tmp_path):
 
 
 def test_weights_wait_for_an_optimizer_that_is_not_built(tmp_path):
-    trained = fit(network(kopt.Adam(0.1)))
-    trained.save_weights(tmp_path / "all.weights.h5")
+    trained, file = fit(network(kopt.Adam(0.1))), tmp_path / "all.weights.h5"
+    trained.save_weights(file)
+    fresh = network(kopt.Adam(0.2))
+    fresh.load_weights(file)
+    fresh.save(tmp_path / "again.keras")  # still not built
+    again = keras.models.load_model(tmp_path / "again.keras")
+    twin = fit(trained)
+    assert equal(fit(fresh).variables, twin.variables)
+    assert equal(fit(again).variables, twin.variables)
+    assert equal(again.optimizer.variables, twin.optimizer.variables)
+    assert fresh.optimizer.get_config()["learning_rate"] == 0.1
+
+
+def test_what_is_assigned_after_loading_stays(tmp_path):
+    fit(network(kopt.Adam(0.1))).save_weights(tmp_path / "all.weights.h5")
     fresh = network(kopt.Adam(0.2))
     fresh.load_weights(tmp_path / "all.weights.h5")
-    assert (int(fresh.optimizer.iterations), fresh.optimizer.get_config()["learning_rate"]) == (3, 0.1)
-    assert equal(fit(fresh).variables, fit(trained).variables)
+    fresh.optimizer.learning_rate = 0.3
+    fit(fresh)
+    assert fresh.optimizer.get_config()["learning_rate"] == 0.3
+    assert int(fresh.optimizer.iterations) == 6
+
+
+def test_the_last_file_counts(tmp_path):
+    early, late = tmp_path / "early.weights.h5", tmp_path / "late.weights.h5"
+    model = network(kopt.Adam())
+    model.save_weights(early)
+    fit(model).save_weights(late)
+    fresh = network(kopt.Adam())
+    fresh.load_weights(late)
+    fresh.load_weights(early)
+    fresh.optimizer.build(fresh.trainable_variables)
+    assert int(fresh.optimizer.iterations) == 0
+    assert not any(numpy([v])[0].any() for v in fresh.optimizer.variables if len(v.shape))
+
+
+def test_waiting_state_that_does_not_fit_is_let_go_with_a_word(tmp_path):
+    frozen = network("sgd")
+    frozen.get_layer("body").trainable = False
+    frozen.compile(kopt.Adam(0.1), loss="mse")
+    fit(frozen).save_weights(tmp_path / "head.weights.h5")
+    thawed = network(kopt.Adam(0.01))
+    thawed.load_weights(tmp_path / "head.weights.h5")
+    with pytest.warns(UserWarning, match="does not fit .*m:.*body.kernel is not in the file.*fresh state"):
+        fit(thawed)
+    assert int(thawed.optimizer.iterations) == 3
+    assert thawed.optimizer.get_config()["learning_rate"] == 0.01
+
+
+def test_a_mixed_precision_model_loads_where_the_policy_is_another(tmp_path):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = fit(network(kopt.Adam()))
+        model.save(tmp_path / "mixed.keras")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    loaded = keras.models.load_model(tmp_path / "mixed.keras")
+    assert type(loaded.optimizer) is kopt.Adam
+    assert equal(loaded.optimizer.variables, model.optimizer.inner_optimizer.variables)
+    fit(loaded)
 
 
 @every_class
@@ -207,6 +261,51 @@ def test_exclusions_by_layer_survive_saving(row, tmp_path):
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert [h.decayed for h in loaded.optimizer._held] == [h.decayed for h in optimizer._held]
     assert [h.decayed for h in optimizer._held] == [True, False, False, False]
+
+
+def block(name):
+    x = keras.Input((4,))
+    return keras.Model(x, keras.layers.Dense(4, name="d")(x), name=name)
+
+
+def stack(name):
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="d")], name=name)
+
+
+@pytest.mark.parametrize("part", [block, stack])
+def test_layers_of_the_same_name_are_told_apart(part, tmp_path):
+    x = keras.Input((4,))
+    model = keras.Model(x, part("C")(part("A")(x)))
+    model.compile(kopt.AdamW(exclude_from_decay=model.get_layer("A")), loss="mse")
+    model.fit(X, X, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert [h.decayed for h in model.optimizer._held] == [False, False, True, True]
+    assert [h.decayed for h in loaded.optimizer._held] == [False, False, True, True]
+    assert equal(model.optimizer.variables, loaded.optimizer.variables)
+    loaded.save(tmp_path / "again.keras")
+    again = keras.models.load_model(tmp_path / "again.keras")
+    assert [h.decayed for h in again.optimizer._held] == [False, False, True, True]
+
+
+def test_a_pattern_over_the_front_of_a_path_survives_saving(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="e"), keras.layers.Dense(2)], name="net")
+    model.compile(kopt.AdamW(exclude_from_decay=["net/e/", "bias$"]), loss="mse")
+    fit(model).save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert [h.decayed for h in loaded.optimizer._held] == [False, False, True, False]
+    assert "bias$" in loaded.optimizer.exclude_from_decay
+
+
+def test_16_bit_weights_go_on_from_a_file(tmp_path):
+    keras.config.set_dtype_policy("bfloat16")
+    try:
+        model = fit(network(kopt.Adam(0.01)))
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert equal(fit(model).optimizer.variables, fit(loaded).optimizer.variables)
 
 
 def test_set_weights_takes_all_or_nothing():

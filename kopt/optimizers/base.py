@@ -83,13 +83,15 @@ class Optimizer(_keras.OptimizerBridge):
         self.check_together(arguments)
 
         # Plain dictionaries, set past Keras's tracking: `add_scalar` tracks the variables.
-        self.__dict__.update(ready=False, choices={}, hyper_variables={}, opened={}, waiting={})
+        self.__dict__.update(ready=False, choices={}, hyper_variables={}, known={}, opened={}, waiting={}, before={})
         super().__init__(learning_rate, name=name)
+        self.known["learning_rate"] = learning_rate
         for argument, value in arguments.items():
             if isinstance(declared[argument], Choice):
                 self.choices[argument] = value
             elif value is not None:
                 self.hyper_variables[argument] = self.add_scalar(argument, value)
+                self.known[argument] = value
         self.__dict__["ready"] = True
 
     @classmethod
@@ -129,16 +131,17 @@ class Optimizer(_keras.OptimizerBridge):
             return
         variables = list(variables)
         excluded = groups.select("exclude_from_decay", self.exclude_from_decay or [], variables)
-        self.opened.update({name: getattr(self, name) for name, a in self.declared().items() if _opens_slot(a)})
         with _keras.eagerly():
+            self.opened.update({name: getattr(self, name) for name, a in self.declared().items() if _opens_slot(a)})
             super().build(variables)
             self._rule, self._slots = self.rule, tuple(self.slots)
             self._reads = inspect.signature(self._rule).parameters.keys() & self.declared().keys()
             self._held = tuple(self._hold(v, decayed=i not in excluded) for i, v in enumerate(variables))
             self._dtypes = tuple(dict.fromkeys(held.dtype for held in self._held))
+            if self.exclude_from_decay:
+                self.choices["exclude_from_decay"] = groups.portable(self.exclude_from_decay, variables)
             if self.waiting:
-                state.load_slots(self, self.waiting)
-                self.waiting.clear()
+                state.settle(self)
 
     def _hold(self, variable, decayed: bool) -> execution.Held:
         dtype = _keras.dtype_of(variable)
@@ -183,22 +186,31 @@ class Optimizer(_keras.OptimizerBridge):
 
     @learning_rate.setter
     def learning_rate(self, value):
+        if _keras.is_symbolic(value):  # in a step being traced: nothing to judge yet
+            keras.optimizers.Optimizer.learning_rate.fset(self, value)
+            return
         value = checks.learning_rate("learning_rate", value)
         if self.built and (self.rate_is_computed() or not isinstance(value, float)):
             kind = "the schedule or callable" if self.rate_is_computed() else "a number"
             checks.refuse("learning_rate", f"{kind} that it was at build, since the compiled step follows it", value)
-        keras.optimizers.Optimizer.learning_rate.fset(self, value)
+        if isinstance(value, float) and not self.rate_is_computed():
+            _keras.assign("learning_rate", super().learning_rate, value)
+            self.known["learning_rate"] = value
+        else:
+            keras.optimizers.Optimizer.learning_rate.fset(self, value)
 
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
         """Keras's way to say `exclude_from_decay`, before build."""
         self.exclude_from_decay = [*(self.exclude_from_decay or []), *(var_list or []), *(var_names or [])] or None
 
     def get_config(self):
-        config = super().get_config() | self.arguments()
-        if not self.rate_is_computed():
-            config["learning_rate"] = _keras.number(super().learning_rate)
-        if self.exclude_from_decay:
-            config["exclude_from_decay"] = groups.patterns(self.exclude_from_decay)
+        if self.rate_is_computed():
+            rate = super().get_config()["learning_rate"]
+        else:
+            rate = _keras.number(super().learning_rate, self.known["learning_rate"])
+        config = {"name": self.name, "learning_rate": rate, **self.arguments()}
+        if self.exclude_from_decay and not self.built:
+            config["exclude_from_decay"] = groups.portable(self.exclude_from_decay, [])
         # A number that is zero by now made a slot: it must be made again, and the state holds the number in use.
         return config | {name: value for name, value in self.opened.items() if value and not config[name]}
 

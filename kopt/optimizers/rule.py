@@ -85,12 +85,20 @@ class Hyper(Argument):
         if optimizer is None:
             return self
         variable = optimizer.hyper_variables.get(self.name)
-        return None if variable is None else _keras.number(variable)
+        if variable is None:
+            return None
+        known = optimizer.__dict__["known"]
+        known[self.name] = _keras.number(variable, known[self.name])
+        return known[self.name]
 
     def __set__(self, optimizer, value):
         if not optimizer.ready:
             return
-        value, variable = self.judged(optimizer, value), optimizer.hyper_variables.get(self.name)
+        variable = optimizer.hyper_variables.get(self.name)
+        if variable is not None and _keras.is_symbolic(value):  # in a step being traced: nothing to judge yet
+            variable.assign(value)
+            return
+        value = self.judged(optimizer, value)
         if (variable is None) != (value is None):
             start = (
                 "None at the start, so it stays None" if variable is None else "a number at the start, so it stays one"
@@ -104,4 +112,5 @@ class Hyper(Argument):
                 f"Received: {self.name}={value!r}"
             )
         if variable is not None:
-            variable.assign(value)
+            _keras.assign(self.name, variable, value)
+            optimizer.known[self.name] = value
