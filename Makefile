@@ -41,7 +41,7 @@ format: $(VENV)/.dev  ## Mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## Time an optimizer's step beside Keras's; SMOKE=1 for a quick look
+bench: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time an optimizer's step beside Keras's; SMOKE=1 for a quick look
 	$(BIN)/python tests/bench/step.py $(if $(SMOKE),--smoke)
 
 clean:  ## Remove what make has made
@@ -62,6 +62,6 @@ $(VENV)/.jax: $(VENV)/.dev
 	$(PIP) --editable '.[jax]'
 	@touch $@
 
-$(VENV)/.torch: $(VENV)/.dev  # the build that this project tests with; a bare `torch` may bring gigabytes of CUDA
-	$(PIP) 'torch==2.13.0'
+$(VENV)/.torch: $(VENV)/.dev
+	$(PIP) --editable '.[torch]'
 	@touch $@

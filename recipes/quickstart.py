@@ -27,14 +27,14 @@ from sklearn.model_selection import train_test_split
 
 import kopt
 
-RULES = {  # rule -> optimizer at a rate, and the rate that --tune found
-    "SGD": (kopt.SGD, 0.3),
-    "momentum": (lambda rate: kopt.SGD(rate, momentum=0.9), 0.1),
-    "Nesterov": (lambda rate: kopt.SGD(rate, momentum=0.9, nesterov=True), 0.1),
-    "Adagrad": (kopt.Adagrad, 0.03),
-    "RMSprop": (kopt.RMSprop, 0.01),
-    "Adam": (kopt.Adam, 0.01),
-    "AdamW": (kopt.AdamW, 0.01),
+RULES = {  # rule -> the optimizer at a rate, the rate that --tune found, a color that the color-blind can tell
+    "SGD": (kopt.SGD, 0.3, "#999999"),
+    "momentum": (lambda rate: kopt.SGD(rate, momentum=0.9), 0.1, "#E69F00"),
+    "Nesterov": (lambda rate: kopt.SGD(rate, momentum=0.9, nesterov=True), 0.1, "#D55E00"),
+    "Adagrad": (kopt.Adagrad, 0.03, "#009E73"),
+    "RMSprop": (kopt.RMSprop, 0.01, "#CC79A7"),
+    "Adam": (kopt.Adam, 0.01, "#0072B2"),
+    "AdamW": (kopt.AdamW, 0.01, "#000000"),
 }
 RATES = [1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0]
 TARGET = 0.1  # of the smoothed training loss
@@ -103,10 +103,11 @@ def steps_to_target(losses):
     return int(reached[0]) + 1 if len(reached) else None
 
 
-def tune(data, say, **budget):
+def tune(rules, data, say, **budget):
     """The rate of each rule with the least training loss, averaged over the steps of a run."""
     best = {}
-    for name, (make, _) in RULES.items():
+    for name in rules:
+        make = RULES[name][0]
         losses = {rate: np.mean(train(make, rate, *data, seed=99, **budget)["losses"]) for rate in RATES}
         best[name] = min(losses, key=lambda rate: np.nan_to_num(losses[rate], nan=np.inf))
         say(f"{name:9} {best[name]:g}, of " + ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items()))
@@ -120,8 +121,8 @@ def draw(runs, file):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    colors = ["#999999", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#0072B2", "#000000"]
-    for (name, results), color in zip(runs.items(), colors, strict=False):
+    for name, results in runs.items():
+        color = RULES[name][2]
         curves = np.array([kopt.exponentially_weighted_average(r["losses"], window=10) for r in results])
         steps = np.arange(1, curves.shape[1] + 1)
         axes.plot(steps, curves.mean(0), color=color, label=name, lw=1.8, ls="--" if name == "AdamW" else "-")
@@ -138,80 +139,92 @@ def draw(runs, file):
 
 def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each rule (default 3)")
-    parser.add_argument("--steps", type=int, default=300, help="steps of each run (default 300)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images a step (default 64)")
-    parser.add_argument(
-        "--rules", nargs="+", choices=RULES, default=list(RULES), metavar="RULE", help="some rules only"
-    )
-    parser.add_argument("--tune", action="store_true", help="find the rates anew first; takes a minute")
-    parser.add_argument("--smoke", action="store_true", help="one seed and 60 steps, in seconds; checks that all learn")
-    parser.add_argument(
-        "--out", type=Path, help="folder for the picture and the figures; without it nothing is written"
-    )
-    parser.add_argument("--no-plots", action="store_true", help="write the figures only")
-    parser.add_argument("--quiet", action="store_true", help="print the table only")
+    add = parser.add_argument
+    add("--seeds", type=int, help="runs of each rule (default 3)")
+    add("--steps", type=int, help="steps of each run (default 300)")
+    add("--batch-size", type=int, default=64, help="images a step (default 64)")
+    add("--rules", nargs="+", choices=RULES, default=list(RULES), metavar="RULE", help="some rules only")
+    add("--tune", action="store_true", help="find the rates anew first; takes a minute")
+    add("--smoke", action="store_true", help="one seed and 60 steps, unless given; fails if a rule does not learn")
+    add("--check", action="store_true", help="fail unless every rule reaches the target in fewer steps than SGD")
+    add("--out", type=Path, help="folder for the picture and the figures; without it nothing is written")
+    add("--no-plots", action="store_true", help="write the figures only")
+    add("--quiet", action="store_true", help="print the table only")
     args = parser.parse_args(argv)
-    if min(args.seeds, args.steps, args.batch_size) < 1 or args.batch_size > 1200:
-        parser.error("--seeds, --steps and --batch-size must be 1 or more, and --batch-size at most 1200")
-    if args.smoke:
-        args.seeds, args.steps = 1, 60
+    args.seeds = args.seeds if args.seeds is not None else 1 if args.smoke else 3
+    args.steps = args.steps if args.steps is not None else 60 if args.smoke else 300
+    if args.seeds < 1 or args.steps < 2 or not 1 <= args.batch_size <= 1200:
+        parser.error("--seeds must be 1 or more, --steps 2 or more, --batch-size from 1 to 1200")
+    if args.check and ("SGD" not in args.rules or args.smoke):
+        parser.error("--check compares with SGD over whole runs; leave it among the --rules, and --smoke out")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out must be a folder; {args.out} is a file")
     return args
+
+
+def summary(name, rate, results):
+    """The row of one rule in the table."""
+    accuracy = [100 * r["accuracy"] for r in results]
+    reached = [steps_to_target(r["losses"]) for r in results]
+    return {
+        "rule": name,
+        "rate": rate,
+        "accuracy": float(np.mean(accuracy)),
+        "sd": float(np.std(accuracy, ddof=1)) if len(results) > 1 else 0.0,
+        "steps_to_target": None if None in reached else float(np.mean(reached)),
+        "ms_per_step": float(np.median([r["ms_per_step"] for r in results])),
+    }
+
+
+def show(table):
+    print(f"\n{'rule':9} {'rate':>6}  test accuracy   steps to loss {TARGET}   ms a step")
+    for row in table:
+        steps = "not reached" if row["steps_to_target"] is None else f"{row['steps_to_target']:.0f}"
+        line = f"{row['rule']:9} {row['rate']:6g}  {row['accuracy']:5.1f} ± {row['sd']:3.1f} %  "
+        print(f"{line}{steps:>17}   {row['ms_per_step']:9.2f}")
+
+
+def write(folder, config, result, runs, plots):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    with open(folder / "history.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["rule", "seed", "step", "loss"])
+        for name, results in runs.items():
+            for seed, run in enumerate(results):
+                writer.writerows([name, seed, step, f"{loss:.6g}"] for step, loss in enumerate(run["losses"], 1))
+    if plots:
+        draw(runs, folder / "losses.png")
 
 
 def main(argv=None):
     args = arguments(argv)
     say = (lambda *_: None) if args.quiet else lambda line: print(line, flush=True)
     x, x_test, y, y_test = digits()
-    data = (x, y), (x_test, y_test)
-    budget = {"steps": args.steps, "batch_size": args.batch_size}
-    say(f"{len(x)} images to train, {len(x_test)} to test; {args.steps} steps of {args.batch_size}; "
-        f"Keras {keras.__version__} on {keras.backend.backend()}")  # fmt: skip
-    rates = {name: rate for name, (_, rate) in RULES.items()} | (tune(data, say, **budget) if args.tune else {})
+    data, budget = ((x, y), (x_test, y_test)), {"steps": args.steps, "batch_size": args.batch_size}
+    about = {"keras": keras.__version__, "backend": keras.backend.backend()}
+    say(f"{len(x)} images to train, {len(x_test)} to test; {args.steps} steps of {args.batch_size}; {about}")
+    rates = tune(args.rules, data, say, **budget) if args.tune else {name: RULES[name][1] for name in args.rules}
 
     runs = {name: [] for name in args.rules}
     for name, results in runs.items():
         for seed in range(args.seeds):
             results.append(train(RULES[name][0], rates[name], *data, seed, **budget))
             say(f"{name:9} seed {seed}: accuracy {results[-1]['accuracy']:.1%}, loss {results[-1]['losses'][-1]:.3f}")
+    table = [summary(name, rates[name], results) for name, results in runs.items()]
+    show(table)
 
-    table = []
-    for name, results in runs.items():
-        accuracy = [100 * r["accuracy"] for r in results]
-        reached = [steps_to_target(r["losses"]) for r in results]
-        table.append({
-            "rule": name,
-            "rate": rates[name],
-            "accuracy": float(np.mean(accuracy)),
-            "sd": float(np.std(accuracy, ddof=1)) if args.seeds > 1 else 0.0,
-            "steps_to_target": None if None in reached else float(np.mean(reached)),
-            "ms_per_step": float(np.median([r["ms_per_step"] for r in results])),
-        })  # fmt: skip
-    print(f"\n{'rule':9} {'rate':>6}  test accuracy   steps to loss {TARGET}   ms a step")
-    for row in table:
-        steps = "not reached" if row["steps_to_target"] is None else f"{row['steps_to_target']:.0f}"
-        print(f"{row['rule']:9} {row['rate']:6g}  {row['accuracy']:5.1f} ± {row['sd']:3.1f} %  "
-              f"{steps:>17}   {row['ms_per_step']:9.2f}")  # fmt: skip
-
-    result = {"table": table, "target": TARGET, "keras": keras.__version__, "backend": keras.backend.backend()}
+    result = {"table": table, "target": TARGET, **about}
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        config = {**vars(args), "out": str(args.out), "rates": rates}
-        (args.out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-        with open(args.out / "history.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["rule", "seed", "step", "loss"])
-            writer.writerows([n, s, t, f"{v:.6g}"] for n, rs in runs.items() for s, r in enumerate(rs)
-                             for t, v in enumerate(r["losses"], 1))  # fmt: skip
-        if not args.no_plots:
-            draw(runs, args.out / "losses.png")
-            say(f"\nLoss curves: {args.out / 'losses.png'}; figures: {args.out / 'result.json'}")
+        write(args.out, {**vars(args), "out": str(args.out), "rates": rates}, result, runs, not args.no_plots)
+        say(f"\nFigures, losses and picture are in {args.out}")
     say(NEXT)
-    if args.smoke and not all(
-        np.isfinite(r["losses"]).all() and r["accuracy"] > 0.5 for rs in runs.values() for r in rs
-    ):
+    if args.smoke and not all(r["accuracy"] > 0.5 for results in runs.values() for r in results):
         raise SystemExit("a rule did not learn")
+    steps = {row["rule"]: row["steps_to_target"] or np.inf for row in table}
+    if args.check and not all(n < steps["SGD"] for rule, n in steps.items() if rule != "SGD"):
+        raise SystemExit("a rule was no faster than SGD")
     return result
 
 

@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
+import keras
+import numpy as np
 import pytest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -32,5 +35,34 @@ def test_quickstart_writes_nothing_unasked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     recipe("quickstart").main(["--smoke", "--rules", "SGD", "--quiet"])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--seeds", "0"], ["--steps", "1"], ["--out", __file__], ["--check", "--rules", "Adam"], ["--rules", "Foo"]],
+)
+def test_quickstart_refuses_before_it_trains(wrong, capsys):
     with pytest.raises(SystemExit):
-        recipe("quickstart").main(["--seeds", "0"])
+        recipe("quickstart").main(wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
+def test_quickstart_claim():
+    main = recipe("quickstart").main
+    main(["--seeds", "1", "--quiet", "--check", "--rules", "SGD", "Adam"])
+    with pytest.raises(SystemExit, match="no faster than SGD"):
+        main(["--seeds", "1", "--steps", "5", "--quiet", "--check", "--rules", "SGD", "Adam"])
+
+
+FENCES = re.compile(r"```python\n(.+?)```", re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "recipes/update_rules.md"])
+def test_the_code_on_the_pages_runs(page):
+    """Each block goes on from the ones before it, with data for `x` and `y` and tensors for a rule."""
+    tensors = {name: keras.ops.ones(3) for name in "gwv"}
+    scope = {"x": np.ones((8, 64), "float32"), "y": np.zeros(8, "int64"), **tensors}
+    blocks = FENCES.findall((RECIPES.parent / page).read_text())
+    assert blocks or page != "README.md"
+    for block in blocks:
+        exec(compile(block.replace("epochs=5", "epochs=1, verbose=0"), page, "exec"), scope)
