@@ -51,14 +51,8 @@ def digits():
 
 
 def network():
-    return keras.Sequential(
-        [
-            keras.Input((64,)),
-            keras.layers.Dense(64, activation="relu"),
-            keras.layers.Dense(64, activation="relu"),
-            keras.layers.Dense(10),
-        ]
-    )
+    hidden = [keras.layers.Dense(64, activation="relu") for _ in range(2)]
+    return keras.Sequential([keras.Input((64,)), *hidden, keras.layers.Dense(10)])
 
 
 class StepLosses(keras.callbacks.Callback):
@@ -85,9 +79,8 @@ def train(make, rate, train_set, test_set, seed, steps, batch_size):
     x, y = train_set
     model, record = network(), StepLosses()
     model.compile(make(rate), loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    per_epoch = len(x) // batch_size
-    order = np.concatenate([np.random.default_rng(seed + e).permutation(len(x))[: per_epoch * batch_size]
-                            for e in range(-(-steps // per_epoch))])[: steps * batch_size]  # fmt: skip
+    rng, wanted = np.random.default_rng(seed), steps * batch_size
+    order = np.concatenate([rng.permutation(len(x)) for _ in range(wanted // len(x) + 1)])[:wanted]
     model.fit(x[order], y[order], batch_size=batch_size, shuffle=False, verbose=0, callbacks=[record])
     answers = keras.ops.convert_to_numpy(model(test_set[0])).argmax(1)
     return {
@@ -97,30 +90,22 @@ def train(make, rate, train_set, test_set, seed, steps, batch_size):
     }
 
 
-def steps_to_target(losses):
-    smooth = kopt.exponentially_weighted_average(losses, window=10)
-    reached = np.flatnonzero(smooth <= TARGET)
-    return int(reached[0]) + 1 if len(reached) else None
-
-
 def tune(rules, data, say, **budget):
     """The rate of each rule with the least training loss, averaged over the steps of a run."""
     best = {}
     for name in rules:
-        make = RULES[name][0]
-        losses = {rate: np.mean(train(make, rate, *data, seed=99, **budget)["losses"]) for rate in RATES}
+        runs = {rate: train(RULES[name][0], rate, *data, seed=99, **budget) for rate in RATES}
+        losses = {rate: np.mean(run["losses"]) for rate, run in runs.items()}
         best[name] = min(losses, key=lambda rate: np.nan_to_num(losses[rate], nan=np.inf))
         say(f"{name:9} {best[name]:g}, of " + ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in losses.items()))
     return best
 
 
 def draw(runs, file):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for name, results in runs.items():
         color = RULES[name][2]
         curves = np.array([kopt.exponentially_weighted_average(r["losses"], window=10) for r in results])
@@ -134,7 +119,6 @@ def draw(runs, file):
     axes.legend(frameon=False, ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def arguments(argv):
@@ -165,13 +149,13 @@ def arguments(argv):
 def summary(name, rate, results):
     """The row of one rule in the table."""
     accuracy = [100 * r["accuracy"] for r in results]
-    reached = [steps_to_target(r["losses"]) for r in results]
+    below = [kopt.exponentially_weighted_average(r["losses"], window=10) <= TARGET for r in results]
     return {
         "rule": name,
         "rate": rate,
         "accuracy": float(np.mean(accuracy)),
         "sd": float(np.std(accuracy, ddof=1)) if len(results) > 1 else 0.0,
-        "steps_to_target": None if None in reached else float(np.mean(reached)),
+        "steps_to_target": 1 + float(np.mean([b.argmax() for b in below])) if all(b.any() for b in below) else None,
         "ms_per_step": float(np.median([r["ms_per_step"] for r in results])),
     }
 
@@ -189,11 +173,11 @@ def write(folder, config, result, runs, plots):
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     with open(folder / "history.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["rule", "seed", "step", "loss"])
+        rows = csv.writer(file)
+        rows.writerow(["rule", "seed", "step", "loss"])
         for name, results in runs.items():
             for seed, run in enumerate(results):
-                writer.writerows([name, seed, step, f"{loss:.6g}"] for step, loss in enumerate(run["losses"], 1))
+                rows.writerows([name, seed, step, f"{loss:.6g}"] for step, loss in enumerate(run["losses"], 1))
     if plots:
         draw(runs, folder / "losses.png")
 
@@ -204,7 +188,8 @@ def main(argv=None):
     x, x_test, y, y_test = digits()
     data, budget = ((x, y), (x_test, y_test)), {"steps": args.steps, "batch_size": args.batch_size}
     about = {"keras": keras.__version__, "backend": keras.backend.backend()}
-    say(f"{len(x)} images to train, {len(x_test)} to test; {args.steps} steps of {args.batch_size}; {about}")
+    say(f"{len(x)} images to train, {len(x_test)} to test; {args.steps} steps of {args.batch_size} each")
+    say("Keras {keras} on {backend}".format(**about))
     rates = tune(args.rules, data, say, **budget) if args.tune else {name: RULES[name][1] for name in args.rules}
 
     runs = {name: [] for name in args.rules}

@@ -41,8 +41,8 @@ class Optimizer(_keras.OptimizerBridge):
 
     Args:
         learning_rate: A number, a `LearningRateSchedule`, or a callable without arguments, which is called when the
-            step is compiled (at every step only where nothing is compiled). A number can change at any time; after build
-            it cannot become a schedule.
+            step is compiled (at every step only where nothing is compiled). A number can change at any time; after
+            build it cannot become a schedule.
         weight_decay: Decoupled decay: each step also subtracts `learning_rate * weight_decay * w`. None: no decay.
         l2: Coupled decay: `l2 * w` is added to the gradient, which then goes through the rule. None: no such term.
         exclude_from_decay: What neither decay touches: layers, models, variables, or regular expressions that
