@@ -263,6 +263,16 @@ def test_exclusions_by_layer_survive_saving(row, tmp_path):
     assert [h.decayed for h in optimizer._held] == [True, False, False, False]
 
 
+def test_exclusions_have_a_config_before_build():
+    model = network("sgd")
+    head = model.get_layer("head")
+    config = kopt.SGD(l2=0.1, exclude_from_decay=[head, model.get_layer("body").bias, "x"]).get_config()
+    assert config["exclude_from_decay"] == ["(^|/)head(/|$)", "(^|/)body/bias(/|$)", "x"]
+    optimizer = kopt.SGD.from_config(config | {"exclude_from_decay": config["exclude_from_decay"][:2]})
+    optimizer.build(model.trainable_variables)
+    assert [h.decayed for h in optimizer._held] == [True, False, False, False]
+
+
 def block(name):
     x = keras.Input((4,))
     return keras.Model(x, keras.layers.Dense(4, name="d")(x), name=name)
@@ -312,7 +322,7 @@ def test_set_weights_takes_all_or_nothing():
     optimizer, w = kopt.Adam(), keras.Variable(START)
     run(optimizer, w)
     weights = numpy(optimizer.variables)
-    with pytest.raises(ValueError, match="`weights` must have 7 arrays. Received: 6 arrays"):
+    with pytest.raises(ValueError, match="`weights` must be a list of 7 arrays. Received: weights='6 arrays'"):
         optimizer.set_weights(weights[:-1])
     optimizer.set_weights(weights)
 

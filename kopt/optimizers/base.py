@@ -132,6 +132,10 @@ class Optimizer(_keras.OptimizerBridge):
         if self.built:
             return
         variables = list(variables)
+        for variable in variables:
+            if "float" not in _keras.dtype_of(variable):
+                path, dtype = _keras.path_of(variable), _keras.dtype_of(variable)
+                raise ValueError(f"`variables` must be of floats. Received: variables={path!r} of {dtype}")
         excluded = groups.select("exclude_from_decay", self.exclude_from_decay or [], variables)
         with _keras.eagerly():
             self.opened.update({name: getattr(self, name) for name, a in self.declared().items() if _opens_slot(a)})
@@ -146,10 +150,8 @@ class Optimizer(_keras.OptimizerBridge):
                 state.settle(self)
 
     def _hold(self, variable, decayed: bool) -> execution.Held:
-        dtype = _keras.dtype_of(variable)
-        if "float" not in dtype:
-            raise ValueError(f"A trainable variable must be of floats. Received: {_keras.path_of(variable)} of {dtype}")
-        wide, add = _keras.wide(dtype), self.add_variable_from_reference
+        dtype, add = _keras.dtype_of(variable), self.add_variable_from_reference
+        wide = _keras.wide(dtype)
         if getattr(variable, "overwrite_with_gradient", False):  # Keras assigns the gradient itself
             return execution.Held(wide, (), None, decayed)
         slots = tuple(add(variable, slot.name, _keras.constant(slot.initial), wide) for slot in self._slots)
@@ -224,7 +226,7 @@ class Optimizer(_keras.OptimizerBridge):
 
     def set_weights(self, weights):
         if len(weights) != len(self.variables):
-            raise ValueError(f"`weights` must have {len(self.variables)} arrays. Received: {len(weights)} arrays")
+            checks.refuse("weights", f"a list of {len(self.variables)} arrays", f"{len(weights)} arrays")
         super().set_weights(weights)
 
     def __repr__(self):

@@ -35,8 +35,8 @@ def portable(keys: list, variables: list) -> list:
             found.append(key)
         elif hits:
             found += [{"path": tails[i], "place": tails[:i].count(tails[i])} for i in sorted(hits)]
-        elif not isinstance(key, str):  # nothing is built, or the layer is frozen: its name must do
-            found.append(rf"(^|/){re.escape(key.name)}(/|$)")
+        elif not isinstance(key, str):  # nothing is built, or the layer is frozen: the name must do
+            found.append(rf"(^|/){re.escape(key.name if hasattr(key, 'weights') else _tail(key))}(/|$)")
         else:
             found.append(key)
     return found

@@ -87,9 +87,8 @@ class Hyper(Argument):
         variable = optimizer.hyper_variables.get(self.name)
         if variable is None:
             return None
-        known = optimizer.__dict__["known"]
-        known[self.name] = _keras.number(variable, known[self.name])
-        return known[self.name]
+        optimizer.known[self.name] = _keras.number(variable, optimizer.known[self.name])
+        return optimizer.known[self.name]
 
     def __set__(self, optimizer, value):
         if not optimizer.ready:
@@ -100,11 +99,10 @@ class Hyper(Argument):
             return
         value = self.judged(optimizer, value)
         if (variable is None) != (value is None):
-            start = (
-                "None at the start, so it stays None" if variable is None else "a number at the start, so it stays one"
-            )
+            kind = "None" if variable is None else "a number"
             raise ValueError(
-                f"`{self.name}` must be what it was: {start}; 0.0 leaves the choice. Received: {self.name}={value!r}"
+                f"`{self.name}` must stay {kind}, as it was at the start, where 0.0 leaves the choice. "
+                f"Received: {self.name}={value!r}"
             )
         if self.opens_slot and optimizer.built and value and not optimizer.opens(self.name):
             raise ValueError(
