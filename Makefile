@@ -45,7 +45,7 @@ bench: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time an optim
 	$(BIN)/python tests/bench/step.py $(if $(SMOKE),--smoke)
 
 clean:  ## Remove what make has made
-	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest out build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
