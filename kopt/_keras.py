@@ -126,6 +126,10 @@ class OptimizerBridge(keras.optimizers.Optimizer):
         """The position of a variable in the list that the optimizer was built with."""
         return self._get_variable_index(variable)
 
+    def rate_source(self):
+        """The schedule, the callable, or the variable that the learning rate comes from."""
+        return self._learning_rate
+
     def rate_is_computed(self) -> bool:
         return not isinstance(self._learning_rate, keras.Variable)
 

@@ -136,7 +136,7 @@ def keys(name: str, value: Any) -> list:
             except re.error as error:
                 refuse(name, f"{allowed} ({key!r} is not a regular expression: {error})", value)
         elif isinstance(key, dict):  # as a config holds it; see optimizers/groups.py
-            if key.keys() != {"path", "place"}:
+            if key.keys() != {"path", "place", "of"}:
                 refuse(name, allowed, value)
         elif isinstance(key, type) or not (hasattr(key, "path") or hasattr(key, "weights")):
             refuse(name, allowed, value)

@@ -403,7 +403,7 @@ def test_learning_rate_can_be_replaced_by_its_own_kind_only():
         optimizer = kopt.SGD(start)
         optimizer.build([keras.Variable(START)])
         for other in others:
-            with pytest.raises(ValueError, match=r"`learning_rate` must be .* at build.*Received: learning_rate="):
+            with pytest.raises(ValueError, match=r"^`learning_rate` must be .* at build. Received: learning_rate="):
                 optimizer.learning_rate = other
     optimizer = kopt.SGD(0.1)
     optimizer.learning_rate = constant  # nothing is compiled yet
@@ -473,7 +473,7 @@ def test_an_exclusion_that_matches_nothing_is_refused():
     model.get_layer("head").trainable = False  # a frozen layer matches nothing, and nothing is meant to happen to it
     optimizer = kopt.SGD(weight_decay=0.1, exclude_from_decay=model.get_layer("head"))
     optimizer.build(model.trainable_variables)
-    assert kopt.SGD.from_config(optimizer.get_config()).exclude_from_decay == ["(^|/)head(/|$)"]
+    assert kopt.SGD.from_config(optimizer.get_config()).exclude_from_decay[0]["path"] == "head/kernel"
 
     optimizer = kopt.SGD(weight_decay=0.1)
     optimizer.exclude_from_weight_decay(var_names=["bias"])  # Keras's way

@@ -85,7 +85,8 @@ class Optimizer(_keras.OptimizerBridge):
         self.check_together(arguments)
 
         # Plain dictionaries, set past Keras's tracking: `add_scalar` tracks the variables.
-        self.__dict__.update(ready=False, choices={}, hyper_variables={}, known={}, opened={}, waiting={}, before={})
+        self.__dict__.update(ready=False, choices={}, hyper_variables={}, known={}, opened={})
+        self.__dict__.update(waiting={}, before={}, loaded={})  # `state.load` says what they hold
         super().__init__(learning_rate, name=name)
         self.known["learning_rate"] = learning_rate
         for argument, value in arguments.items():
@@ -138,14 +139,17 @@ class Optimizer(_keras.OptimizerBridge):
                 raise ValueError(f"`variables` must be of floats. Received: variables={path!r} of {dtype}")
         excluded = groups.select("exclude_from_decay", self.exclude_from_decay or [], variables)
         with _keras.eagerly():
-            self.opened.update({name: getattr(self, name) for name, a in self.declared().items() if _opens_slot(a)})
+            for name, argument in self.declared().items():
+                if isinstance(argument, Hyper) and argument.opens_slot:  # state that waits brings its slot along
+                    self.opened[name] = getattr(self, name) or (float(self.before[name]) if self.waiting else 0.0)
             super().build(variables)
-            self._rule, self._slots = self.rule, tuple(self.slots)
+            self._rule, self.slots_in_use = self.rule, tuple(self.slots)
             self._reads = inspect.signature(self._rule).parameters.keys() & self.declared().keys()
             self._held = tuple(self._hold(v, decayed=i not in excluded) for i, v in enumerate(variables))
             self._dtypes = tuple(dict.fromkeys(held.dtype for held in self._held))
             if self.exclude_from_decay:
-                self.choices["exclude_from_decay"] = groups.portable(self.exclude_from_decay, variables)
+                kept = groups.portable("exclude_from_decay", self.exclude_from_decay, variables)
+                self.choices["exclude_from_decay"] = kept
             if self.waiting:
                 state.settle(self)
 
@@ -154,7 +158,7 @@ class Optimizer(_keras.OptimizerBridge):
         wide = _keras.wide(dtype)
         if getattr(variable, "overwrite_with_gradient", False):  # Keras assigns the gradient itself
             return execution.Held(wide, (), None, decayed)
-        slots = tuple(add(variable, slot.name, _keras.constant(slot.initial), wide) for slot in self._slots)
+        slots = tuple(add(variable, slot.name, _keras.constant(slot.initial), wide) for slot in self.slots_in_use)
         master = None
         if wide != dtype:
             master = add(variable, MASTER.name, lambda shape, dtype: _keras.read(variable, dtype), wide)
@@ -194,10 +198,12 @@ class Optimizer(_keras.OptimizerBridge):
             keras.optimizers.Optimizer.learning_rate.fset(self, value)
             return
         value = checks.learning_rate("learning_rate", value)
-        if self.built and (self.rate_is_computed() or not isinstance(value, float)):
-            kind = "the schedule or callable" if self.rate_is_computed() else "a number"
-            checks.refuse("learning_rate", f"{kind} that it was at build, since the compiled step follows it", value)
-        if isinstance(value, float) and not self.rate_is_computed():
+        computed, number = self.rate_is_computed(), isinstance(value, float)
+        if computed and (self.built or number):
+            checks.refuse("learning_rate", "the schedule or callable that it was at build", value)
+        if self.built and not number:
+            checks.refuse("learning_rate", "a number, as it was at build", value)
+        if number:
             _keras.assign("learning_rate", super().learning_rate, value)
             self.known["learning_rate"] = value
         else:
@@ -213,8 +219,9 @@ class Optimizer(_keras.OptimizerBridge):
         else:
             rate = _keras.number(super().learning_rate, self.known["learning_rate"])
         config = {"name": self.name, "learning_rate": rate, **self.arguments()}
-        if self.exclude_from_decay and not self.built:
-            config["exclude_from_decay"] = groups.portable(self.exclude_from_decay, [])
+        if self.exclude_from_decay:
+            keys = self.exclude_from_decay
+            config["exclude_from_decay"] = list(keys) if self.built else groups.portable("exclude_from_decay", keys, [])
         # A number that is zero by now made a slot: it must be made again, and the state holds the number in use.
         return config | {name: value for name, value in self.opened.items() if value and not config[name]}
 
@@ -230,11 +237,10 @@ class Optimizer(_keras.OptimizerBridge):
         super().set_weights(weights)
 
     def __repr__(self):
+        if not self.__dict__.get("ready"):
+            return object.__repr__(self)
         defaults = {name: p.default for name, p in inspect.signature(type(self).__init__).parameters.items()}
-        config = self.get_config()
-        shown = {n: v for n, v in config.items() if n != "name" and v != defaults.get(n, _DEFAULTS.get(n))}
+        rate = self.rate_source() if self.rate_is_computed() else self.get_config()["learning_rate"]
+        values = {"learning_rate": rate, **self.arguments()}
+        shown = {n: v for n, v in values.items() if not (v is None or v == defaults.get(n, _DEFAULTS.get(n)))}
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
-
-
-def _opens_slot(argument: Argument) -> bool:
-    return isinstance(argument, Hyper) and argument.opens_slot

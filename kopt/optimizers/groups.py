@@ -1,7 +1,8 @@
 """Which variables: chosen by layer, by model, by variable, or by a regular expression over paths.
 
-A config cannot hold a layer, and a path can lose its front when a model is loaded (Keras drops the name of a
-`Sequential` from it). So a config holds the tail of a path, `dense/kernel`, and its place among those with this tail.
+A config cannot hold a layer. It holds, for each variable of the layer, the tail of its path and where the variable
+stood among those of the optimizer: Keras may number layers anew when a model is loaded, and drops the name of a
+`Sequential` from the front of a path. What cannot be told apart for sure is refused.
 """
 
 import re
@@ -10,44 +11,52 @@ from kopt import _keras
 
 
 def select(argument: str, keys: list, variables: list) -> set[int]:
-    """The positions in `variables` that any of `keys` picks; a key that picks none is an error."""
+    """The positions in `variables` that any of `keys` picks; a pattern or an object that picks none is an error."""
     chosen = set()
     for key in keys:
-        hits = _hits(key, variables)
-        if not hits and not _is_frozen(key):
+        hits = _hits(argument, key, variables)
+        if not hits and not isinstance(key, dict) and not _is_frozen(key):
             paths = [_keras.path_of(v) for v in variables]
             shown = ", ".join(paths[:8]) + (f", ... ({len(paths)} in all)" if len(paths) > 8 else "")
-            name = key if isinstance(key, (str, dict)) else getattr(key, "path", None) or key.name
+            name = key if isinstance(key, str) else getattr(key, "path", None) or key.name
             raise ValueError(f"`{argument}` must match a trainable variable: {shown}. Received: {argument}={name!r}")
         chosen |= hits
     return chosen
 
 
-def portable(keys: list, variables: list) -> list:
-    """Keys that a config can hold, and that pick the same variables when the fronts of their paths are gone."""
-    tails = [_tail(v) for v in variables]
-    found = []
+def portable(argument: str, keys: list, variables: list) -> list:
+    """Keys that a config can hold, and that pick the same variables of a model that was loaded."""
+    tails, found = [_tail(v) for v in variables], []
     for key in keys:
-        hits = _hits(key, variables)
-        if isinstance(key, dict) or (
-            isinstance(key, str) and hits == {i for i, t in enumerate(tails) if re.search(key, t)}
-        ):
-            found.append(key)
-        elif hits:
-            found += [{"path": tails[i], "place": tails[:i].count(tails[i])} for i in sorted(hits)]
-        elif not isinstance(key, str):  # nothing is built, or the layer is frozen: the name must do
-            found.append(rf"(^|/){re.escape(key.name if hasattr(key, 'weights') else _tail(key))}(/|$)")
-        else:
-            found.append(key)
+        hits = sorted(_hits(argument, key, variables))
+        placed = [{"path": tails[i], "place": i, "of": len(tails)} for i in hits]
+        if isinstance(key, str):  # it stays as it is, unless it needs the front of a path
+            found += [key] if set(hits) == _found(key, tails) else placed
+        elif isinstance(key, dict):
+            found += placed or [key]
+        elif _weights(key):
+            own = [w for w in _weights(key) if not any(w is v for v in variables)]
+            found += placed + [{"path": _tail(w), "place": None, "of": None} for w in own]
+        else:  # a layer that is not built
+            found.append(rf"(^|/){re.escape(key.name)}/")
     return found
 
 
-def _hits(key, variables: list) -> set[int]:
+def _hits(argument: str, key, variables: list) -> set[int]:
     if isinstance(key, str):
         return _found(key, [_keras.path_of(v) for v in variables])
-    if isinstance(key, dict):
-        return set([i for i, v in enumerate(variables) if _tail(v) == key["path"]][key["place"] :][:1])
-    return {i for i, v in enumerate(variables) if any(v is own for own in _weights(key))}
+    if not isinstance(key, dict):
+        return {i for i, v in enumerate(variables) if any(v is own for own in _weights(key))}
+    tails = [_tail(v) for v in variables]
+    if key["of"] == len(tails) and _stem(tails[key["place"]]) == _stem(key["path"]):
+        return {key["place"]}
+    hits = {i for i, tail in enumerate(tails) if tail == key["path"]}
+    if len(hits) > 1:
+        raise ValueError(
+            f"`{argument}` must be given anew: {len(hits)} variables of this model are called {key['path']!r}, and "
+            f"others are trainable than before. Received: {argument}={key!r}"
+        )
+    return hits
 
 
 def _found(pattern: str, paths: list[str]) -> set[int]:
@@ -58,10 +67,15 @@ def _tail(variable) -> str:
     return "/".join(_keras.path_of(variable).split("/")[-2:])
 
 
+def _stem(tail: str) -> str:
+    """The tail without the numbers that Keras gives to layers."""
+    return re.sub(r"_\d+(?=/|$)", "", tail)
+
+
 def _weights(key) -> list:
     """The variables of a layer or model; a variable stands for itself."""
     return getattr(key, "weights", [key])
 
 
 def _is_frozen(key) -> bool:
-    return not isinstance(key, (str, dict)) and bool(_weights(key)) and not any(w.trainable for w in _weights(key))
+    return not isinstance(key, str) and bool(_weights(key)) and not any(w.trainable for w in _weights(key))

@@ -94,21 +94,21 @@ class Hyper(Argument):
         if not optimizer.ready:
             return
         variable = optimizer.hyper_variables.get(self.name)
-        if variable is not None and _keras.is_symbolic(value):  # in a step being traced: nothing to judge yet
-            variable.assign(value)
-            return
-        value = self.judged(optimizer, value)
+        symbolic = variable is not None and _keras.is_symbolic(value)  # in a step being traced: no value to judge yet
+        value = value if symbolic else self.judged(optimizer, value)
         if (variable is None) != (value is None):
             kind = "None" if variable is None else "a number"
             raise ValueError(
                 f"`{self.name}` must stay {kind}, as it was at the start, where 0.0 leaves the choice. "
                 f"Received: {self.name}={value!r}"
             )
-        if self.opens_slot and optimizer.built and value and not optimizer.opens(self.name):
+        if self.opens_slot and optimizer.built and (symbolic or value) and not optimizer.opens(self.name):
             raise ValueError(
                 f"`{self.name}` must be 0, as it was at build: there is no slot for another value. "
                 f"Received: {self.name}={value!r}"
             )
-        if variable is not None:
+        if symbolic:
+            variable.assign(value)
+        elif variable is not None:
             _keras.assign(self.name, variable, value)
             optimizer.known[self.name] = value

@@ -13,53 +13,66 @@ from collections import Counter
 import numpy as np
 
 from kopt import _keras
+from kopt.optimizers.rule import MASTER
 
-WRAPPER = 4  # scalars that a LossScaleOptimizer puts before the variables of the optimizer that it wraps
+WRAPPERS = (4, 2)  # scalars that a LossScaleOptimizer puts before those of the optimizer in it, built and not built
 
 
 def save(optimizer, store) -> None:
-    arrays = {name: _keras.to_numpy(v) for name, v in _own(optimizer).items()}
-    if not optimizer.built:  # what was loaded and is not used yet is saved again
-        arrays |= {name: array for name, array in optimizer.waiting.items() if _untouched(optimizer, name)}
+    arrays = {name: _keras.to_numpy(v) for name, v in _own(optimizer).items()} | optimizer.waiting
     for place, (name, array) in enumerate(arrays.items()):
         store[f"{place}:{name}"] = array
 
 
 def load(optimizer, store) -> None:
-    """Assign what the file holds; an optimizer that is not built keeps it in `waiting` until it is."""
+    """Assign what the file holds; the slots wait in `waiting` while the optimizer is not built."""
+    if not store.keys():
+        return  # Keras asks for a part that the file does not have, and has said so
     arrays = _read(optimizer, store)
-    scalars = {name: array for name, array in arrays.items() if ":" not in name}
-    faults = _differences({name for name in _own(optimizer) if ":" not in name}, scalars)
-    if not faults and optimizer.built:
-        arrays, faults = _matched(optimizer, arrays)
+    slots = {name: arrays.pop(name) for name in list(arrays) if ":" in name}
+    scalars = {name: v for name, v in _own(optimizer).items() if ":" not in name}
+    fresh = not slots and arrays.get("iteration", 1) == 0  # saved before it was built
+    faults = _differences(scalars, arrays)
+    if optimizer.built and not fresh and not faults:
+        slots, faults = _matched(optimizer, slots)
     if faults:
         raise ValueError(
             f"The saved state does not fit {_title(optimizer)}: {_list(faults)}. Compile with the optimizer that was "
             "saved, or leave its state out: `load_model(..., compile=False)`, `load_weights(..., skip_mismatch=True)`."
         )
-    if optimizer.built:
-        for name, variable in _own(optimizer).items():
-            if name in arrays:
-                variable.assign(arrays[name])
-    else:
-        before = {name: _keras.to_numpy(v) for name, v in _own(optimizer).items()}
-        optimizer.__dict__.update(waiting=arrays, before=before)
+    before = {name: _keras.to_numpy(v) for name, v in scalars.items()}
+    for name, variable in scalars.items():
+        if name in arrays:
+            variable.assign(arrays[name])
+    if not optimizer.built:
+        optimizer.__dict__.update(waiting=slots, before=before, loaded=arrays)
+        return
+    initial = {slot.name: slot.initial for slot in optimizer.slots_in_use}
+    for name, variable in _own(optimizer).items():
+        if name in slots:
+            variable.assign(slots[name])
+        elif fresh and ":" in name:
+            variable.assign(np.full(variable.shape, initial.get(name.split(":")[0], 0.0)))
 
 
 def settle(optimizer) -> None:
-    """At build: take what waits, but for scalars that were assigned since. What does not fit is named and let go."""
-    arrays, faults = _matched(optimizer, optimizer.waiting)
-    if faults:
-        warnings.warn(
-            f"The state that was loaded does not fit {_title(optimizer)}: {_list(faults)}. Training starts with fresh "
-            "state.",
-            stacklevel=2,
-        )
-    else:
-        for name, variable in _own(optimizer).items():
-            if name in arrays and _untouched(optimizer, name):
-                variable.assign(arrays[name])
+    """At build: take the slots that wait. What does not fit is named and let go, with the scalars that came with it."""
+    slots, faults = _matched(optimizer, optimizer.waiting)
+    own = _own(optimizer)
+    if not faults:
+        for name, array in slots.items():
+            if name in own:
+                own[name].assign(array)
+        optimizer.waiting.clear()
+        return
+    for name, array in optimizer.loaded.items():
+        if name in own and np.array_equal(_keras.to_numpy(own[name]), array):  # not assigned since
+            own[name].assign(optimizer.before[name])
     optimizer.waiting.clear()
+    warnings.warn(
+        f"The state that was loaded does not fit {_title(optimizer)}: {_list(faults)}. Training starts afresh.",
+        stacklevel=2,
+    )
 
 
 def _own(optimizer) -> dict:
@@ -80,25 +93,24 @@ def _read(optimizer, store) -> dict[str, np.ndarray]:
     arrays = {key: np.asarray(store[key]) for key in keys}
     if all(re.match(r"\d+:.", key) for key in keys):
         return {key.split(":", 1)[1]: array for key, array in arrays.items()}
-    own, inner = _own(optimizer), list(arrays.values())[WRAPPER:]
-    if len(own) == len(inner) and all(tuple(v.shape) == a.shape for v, a in zip(own.values(), inner, strict=True)):
-        return dict(zip(own, inner, strict=True))  # saved under mixed_float16, loaded without it: Keras unwraps
+    own = _own(optimizer)
+    for wrapper in WRAPPERS:  # saved under mixed_float16, loaded without it: Keras unwraps
+        inner = list(arrays.values())[wrapper:]
+        names = [name for name in own if ":" not in name] if wrapper == WRAPPERS[1] else list(own)
+        if len(names) == len(inner) and all(tuple(own[n].shape) == a.shape for n, a in zip(names, inner, strict=True)):
+            return dict(zip(names, inner, strict=True))
     raise ValueError(
-        f"The saved state does not fit {_title(optimizer)}: it was written by another kind of optimizer. Leave it out: "
+        f"The saved state does not fit {_title(optimizer)}: it was written by another kind of optimizer (or by a "
+        "LossScaleOptimizer around one that was built, as this one must be first). Leave it out: "
         "`load_model(..., compile=False)`, `load_weights(..., skip_mismatch=True)`."
     )
 
 
 def _matched(optimizer, arrays: dict) -> tuple[dict, list[str]]:
-    """The arrays under the optimizer's own names, and what does not fit."""
-    own = _own(optimizer)
-    slots, saved = ([name for name in names if ":" in name] for names in (own, arrays))
-    if not saved and arrays.get("iteration", 1) == 0:
-        return arrays, []  # saved before it was built: the slots start as they are
-    same = len(slots) == len(saved) and all(map(_alike, slots, saved))
-    if set(slots) != set(saved) and same:
-        renamed = dict(zip(saved, slots, strict=True))
-        arrays = {renamed.get(name, name): array for name, array in arrays.items()}
+    """The saved slots under the optimizer's own names, and what does not fit."""
+    own = {name: v for name, v in _own(optimizer).items() if ":" in name}
+    if own.keys() != arrays.keys() and len(own) == len(arrays) and all(map(_alike, own, arrays)):
+        arrays = dict(zip(own, arrays.values(), strict=True))
     faults = _differences(own, arrays)
     faults += [
         f"{name} has shape {tuple(own[name].shape)} here and {arrays[name].shape} in the file"
@@ -119,18 +131,14 @@ def _tail(name: str) -> tuple[str, ...]:
 
 
 def _differences(own, saved) -> list[str]:
-    rate = {"learning_rate"}  # a number here may be a schedule there
-    return [f"{name} is not in the file" for name in own if name not in saved and name not in rate] + [
-        f"{name} is in the file only" for name in saved if name not in own and name not in rate
+    return [f"{name} is not in the file" for name in own if name not in saved and not _may_differ(name)] + [
+        f"{name} is in the file only" for name in saved if name not in own and not _may_differ(name)
     ]
 
 
-def _untouched(optimizer, name: str) -> bool:
-    """Whether a variable holds what it held when the file was loaded."""
-    own = _own(optimizer)
-    return name not in own or name not in optimizer.before or np.array_equal(
-        _keras.to_numpy(own[name]), optimizer.before[name]
-    )  # fmt: skip
+def _may_differ(name: str) -> bool:
+    """The rate may be a schedule on one side; a master follows from the weight where the file has none."""
+    return name == "learning_rate" or name.startswith(f"{MASTER.name}:")
 
 
 def _title(optimizer) -> str:
