@@ -10,7 +10,7 @@ from keras import ops
 
 import kopt
 from tests.conftest import BACKEND
-from tests.test_optimizers import START, STEPS, STREAM, AtEpoch, network, numpy, run
+from tests.training import START, STEPS, STREAM, AtEpoch, network, numpy, run
 
 optimizers = keras.optimizers
 

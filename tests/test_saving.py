@@ -13,17 +13,9 @@ import pytest
 from keras import ops
 
 import kopt
-from tests.catalog import CLASSES, OPTIMIZERS
+from tests.catalog import CLASSES
 from tests.conftest import BACKEND
-from tests.test_optimizers import START, STREAM, X, Y, equal, network, numpy, run
-
-every_row = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
-every_class = pytest.mark.parametrize("row", CLASSES, ids=str)
-
-
-def fit(model, epochs=1):
-    model.fit(X, Y, batch_size=8, epochs=epochs, shuffle=False, verbose=0)
-    return model
+from tests.training import START, STREAM, X, Y, equal, every_class, every_row, fit, network, numpy, run
 
 
 @every_row
@@ -252,75 +244,6 @@ def test_a_schedule_here_and_a_number_there():
     assert int(model.optimizer.iterations) == 6
 
 
-@every_class
-def test_exclusions_by_layer_survive_saving(row, tmp_path):
-    model = network("sgd")
-    optimizer = row.make(l2=0.1, exclude_from_decay=[model.get_layer("head"), "body/bias"])
-    model.compile(optimizer, loss="mse")
-    fit(model).save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert [h.decayed for h in loaded.optimizer._held] == [h.decayed for h in optimizer._held]
-    assert [h.decayed for h in optimizer._held] == [True, False, False, False]
-
-
-def test_exclusions_have_a_config_before_build():
-    model = network("sgd")
-    keys = [model.get_layer("head"), model.get_layer("body").bias, "kernel$"]
-    config = kopt.SGD(l2=0.1, exclude_from_decay=keys).get_config()
-    assert json.loads(json.dumps(config)) == config
-    assert [key if isinstance(key, str) else key["path"] for key in config["exclude_from_decay"]] == [
-        "head/kernel", "head/bias", "body/bias", "kernel$",
-    ]  # fmt: skip
-    optimizer = kopt.SGD.from_config(config | {"exclude_from_decay": config["exclude_from_decay"][:3]})
-    optimizer.build(model.trainable_variables)
-    assert [h.decayed for h in optimizer._held] == [True, False, False, False]
-    optimizer.get_config()["exclude_from_decay"].append("nothing")
-    assert len(optimizer.exclude_from_decay) == 3
-
-
-@keras.saving.register_keras_serializable("test")
-class Subclassed(keras.Model):
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.first, self.second, self.third = (keras.layers.Dense(4) for _ in range(3))
-
-    def call(self, x):
-        return self.third(self.second(self.first(x)))
-
-
-def test_an_excluded_layer_is_found_under_another_number(tmp_path):
-    model = Subclassed()
-    model.compile(kopt.AdamW(exclude_from_decay=model.second), loss="mse")
-    model.fit(X, X, verbose=0)
-    model.save(tmp_path / "model.keras")
-    keras.utils.clear_session()
-    keras.layers.Dense(1)  # takes the name `dense`
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert [h.decayed for h in loaded.optimizer._held] == [True, True, False, False, True, True]
-
-
-def test_frozen_layers_may_be_excluded_and_come_back(tmp_path):
-    model = network("sgd")
-    model.get_layer("body").trainable = False
-    model.compile(kopt.AdamW(exclude_from_decay=model.get_layer("body")), loss="mse")
-    fit(model).save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert [h.decayed for h in loaded.optimizer._held] == [True, True]
-    loaded.get_layer("body").trainable = True
-    thawed = kopt.AdamW.from_config(loaded.optimizer.get_config())
-    thawed.build(loaded.trainable_variables)
-    assert [h.decayed for h in thawed._held] == [False, False, True, True]
-
-
-def test_what_cannot_be_told_apart_is_refused():
-    x = keras.Input((4,))
-    model = keras.Model(x, block("C")(block("A")(x)))
-    early = kopt.AdamW(exclude_from_decay=model.get_layer("A"))  # nothing is built: which `d` it is, no one can say
-    again = kopt.AdamW.from_config(early.get_config())
-    with pytest.raises(ValueError, match="`exclude_from_decay` must be given anew: 2 variables .* called 'd/kernel'"):
-        again.build(model.trainable_variables)
-
-
 def test_a_snapshot_from_before_training_starts_anew(tmp_path):
     model = network(kopt.RMSprop(momentum=0.5))
     model.save_weights(tmp_path / "start.weights.h5")
@@ -367,40 +290,6 @@ def test_state_of_16_bit_weights_fits_wider_ones():
     two.load_own_variables(state_of(one))
     one.load_own_variables(state_of(two))
     assert int(two.iterations) == len(STREAM)
-
-
-def block(name):
-    x = keras.Input((4,))
-    return keras.Model(x, keras.layers.Dense(4, name="d")(x), name=name)
-
-
-def stack(name):
-    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="d")], name=name)
-
-
-@pytest.mark.parametrize("part", [block, stack])
-def test_layers_of_the_same_name_are_told_apart(part, tmp_path):
-    x = keras.Input((4,))
-    model = keras.Model(x, part("C")(part("A")(x)))
-    model.compile(kopt.AdamW(exclude_from_decay=model.get_layer("A")), loss="mse")
-    model.fit(X, X, verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert [h.decayed for h in model.optimizer._held] == [False, False, True, True]
-    assert [h.decayed for h in loaded.optimizer._held] == [False, False, True, True]
-    assert equal(model.optimizer.variables, loaded.optimizer.variables)
-    loaded.save(tmp_path / "again.keras")
-    again = keras.models.load_model(tmp_path / "again.keras")
-    assert [h.decayed for h in again.optimizer._held] == [False, False, True, True]
-
-
-def test_a_pattern_over_the_front_of_a_path_survives_saving(tmp_path):
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="e"), keras.layers.Dense(2)], name="net")
-    model.compile(kopt.AdamW(exclude_from_decay=["net/e/", "bias$"]), loss="mse")
-    fit(model).save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert [h.decayed for h in loaded.optimizer._held] == [False, False, True, False]
-    assert "bias$" in loaded.optimizer.exclude_from_decay
 
 
 def test_16_bit_weights_go_on_from_a_file(tmp_path):
