@@ -47,6 +47,7 @@ def exponentially_weighted_average(values, beta=None, *, window=None, bias_corre
         A NumPy float64 array of the shape of `values`.
 
     Example:
+        >>> import kopt
         >>> kopt.exponentially_weighted_average([1.0, 1.0, 4.0], beta=0.5).round(3).tolist()
         [1.0, 1.0, 2.714]
         >>> kopt.exponentially_weighted_average([1.0, 1.0, 4.0], beta=0.5, bias_correction=False).tolist()

@@ -11,10 +11,7 @@ if FLOATX == "float64":
 
 import hypothesis
 import keras
-import numpy as np
 import pytest
-
-import kopt
 
 keras.config.set_floatx(FLOATX)
 BACKEND = keras.backend.backend()
@@ -28,8 +25,3 @@ def fresh():
     """The same seed and the same layer names for every test."""
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def names_in_doctests(doctest_namespace):
-    doctest_namespace.update(keras=keras, kopt=kopt, np=np)

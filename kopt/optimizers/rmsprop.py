@@ -65,9 +65,10 @@ class RMSprop(Optimizer):
         **common: What every optimizer takes; see `kopt.Optimizer`.
 
     Example:
-        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        >>> import keras, kopt
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, kernel_initializer="zeros")])
         >>> model.compile(kopt.RMSprop(0.01), loss="mse")
-        >>> history = model.fit(np.ones((8, 4)), np.ones((8, 1)), epochs=5, verbose=0)
+        >>> history = model.fit(keras.ops.ones((8, 4)), keras.ops.ones((8, 1)), epochs=5, verbose=0)
         >>> history.history["loss"][-1] < history.history["loss"][0]
         True
 
