@@ -10,7 +10,11 @@ from kopt.optimizers import execution
 from tests.conftest import BACKEND
 from tests.training import START, STREAM, AtEpoch, X, Y, equal, every_row, network, numpy, run
 
-COMPILED = [{"jit_compile": True}, {"jit_compile": False}] if BACKEND != "torch" else [{}]
+COMPILED = {  # the ways in which fit runs a step, and which of them trace it
+    "tensorflow": [{"jit_compile": True}, {"jit_compile": False}, {"run_eagerly": True}],
+    "jax": [{"jit_compile": True}, {"run_eagerly": True}],
+    "torch": [{}],
+}[BACKEND]
 
 
 @every_row
@@ -39,7 +43,7 @@ def test_numbers_change_in_mid_fit_without_a_new_trace(row, compiled, monkeypatc
         w, moved = w + step, moved + np.abs(step).max()
     np.testing.assert_allclose(numpy(model.trainable_variables)[0].ravel(), w, rtol=1e-6, atol=2e-5 * moved)
     assert {name: getattr(model.optimizer, name) for name in row.changes} == row.changes
-    if BACKEND == "tensorflow" or compiled.get("jit_compile"):  # else every step runs from Python
+    if "jit_compile" in compiled:  # else every step runs from Python
         assert calls == [len(traced)]
 
 

@@ -126,7 +126,7 @@ def test_import_is_light():
 
 def test_import_works_without_tensorflow():
     if BACKEND == "tensorflow":
-        pytest.skip("it is the backend here")
+        pytest.skip("TensorFlow is the backend here; the other two processes run this")
     code = "import sys; sys.modules['tensorflow'] = None; import kopt; print(kopt.Adam(0.1))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ})
     assert done.stdout.strip() == "Adam(learning_rate=0.1)", done.stderr

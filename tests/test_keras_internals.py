@@ -51,7 +51,7 @@ def test_private_attributes():
 def test_the_private_class_of_keras_still_rounds_a_constant_to_float32():
     """The reason for `_keras.constant`; when this fails, Keras's own initializer will do."""
     if BACKEND != "tensorflow":
-        pytest.skip("a defect of Keras on TensorFlow")
+        pytest.skip("Keras has this defect on TensorFlow only")
     value = keras.initializers.Constant(0.1)((), "float64")
     assert float(value) != 0.1
 
@@ -59,6 +59,6 @@ def test_the_private_class_of_keras_still_rounds_a_constant_to_float32():
 def test_maximum_still_rounds_float64_on_torch():
     """The reason for `numerics.larger`; when this fails, `ops.maximum` will do."""
     if BACKEND != "torch":
-        pytest.skip("a defect of Keras on torch")
+        pytest.skip("Keras has this defect on torch only")
     a = keras.ops.convert_to_tensor(0.1, "float64")
     assert keras.backend.standardize_dtype(keras.ops.maximum(a, a).dtype) == "float32"

@@ -8,15 +8,11 @@ from keras import ops
 from tests.catalog import CLASSES, OPTIMIZERS
 
 every_row = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
-
 every_class = pytest.mark.parametrize("row", CLASSES, ids=str)
 
 START = np.linspace(-1, 1, 6, dtype="float32").reshape(2, 3)
-
 STREAM = np.random.default_rng(0).normal(size=(6, 2, 3)).astype("float32")
-
 X = np.random.default_rng(1).normal(size=(24, 4)).astype("float32")
-
 Y = X @ np.random.default_rng(2).normal(size=(4, 2)).astype("float32")
 
 

@@ -97,7 +97,9 @@ def _read(optimizer, store) -> dict[str, np.ndarray]:
     for wrapper in WRAPPERS:  # saved under mixed_float16, loaded without it: Keras unwraps
         inner = list(arrays.values())[wrapper:]
         names = [name for name in own if ":" not in name] if wrapper == WRAPPERS[1] else list(own)
-        if len(names) == len(inner) and all(tuple(own[n].shape) == a.shape for n, a in zip(names, inner, strict=True)):
+        if len(names) != len(inner) or inner[0].dtype.kind != "i":  # the first is the iteration
+            continue
+        if all(tuple(own[name].shape) == array.shape for name, array in zip(names, inner, strict=True)):
             return dict(zip(names, inner, strict=True))
     raise ValueError(
         f"The saved state does not fit {_title(optimizer)}: it was written by another kind of optimizer (or by a "
