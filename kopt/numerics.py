@@ -31,6 +31,18 @@ def bias_correction(beta, t):
     return -ops.expm1(t * ops.log1p(beta - 1))
 
 
+def norm(arrays):
+    """The Euclidean norm of all entries of some arrays together, also where their squares overflow."""
+    dtype = "float64" if any("float64" in str(a.dtype) for a in arrays) else "float32"
+
+    def root(scale):
+        squares = [ops.sum(ops.square(a if scale == 1 else a * scale)) for a in arrays]
+        return ops.sqrt(sum(ops.cast(square, dtype) for square in squares)) / scale
+
+    direct = root(1)
+    return ops.cond(ops.isfinite(direct), lambda: direct, lambda: root(2.0**-64))
+
+
 def exponentially_weighted_average(values, beta=None, *, window=None, bias_correction=True):
     """Smooth a series: V = beta V + (1 - beta) value, divided by 1 - beta**t.
 

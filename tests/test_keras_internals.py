@@ -8,6 +8,7 @@ import pytest
 
 import kopt
 from tests.conftest import BACKEND
+from tests.training import fit, network
 
 KerasOptimizer = keras.optimizers.Optimizer
 
@@ -17,23 +18,19 @@ def parameters(function):
 
 
 def test_the_hooks_that_the_bridge_overrides():
-    assert parameters(KerasOptimizer._backend_update_step) == ["self", "grads", "trainable_variables", "learning_rate"]
-    assert parameters(KerasOptimizer._apply_weight_decay) == ["self", "variables"]
     assert parameters(KerasOptimizer.apply) == ["self", "grads", "trainable_variables"]
+    assert parameters(KerasOptimizer.finalize_variable_values) == ["self", "var_list"]
 
 
-def test_keras_calls_the_hooks_in_the_order_that_gradients_py_writes_down(monkeypatch):
-    calls = []
-    for name in ("_backend_apply_gradients", "_clip_gradients", "_apply_weight_decay", "_backend_update_step"):
-        original = getattr(kopt.SGD, name)
-
-        def spy(self, *args, name=name, original=original):
-            calls.append(name)
-            return original(self, *args)
-
-        monkeypatch.setattr(kopt.SGD, name, spy)
-    kopt.SGD().apply([keras.ops.ones(2)], [keras.Variable(np.ones(2))])
-    assert calls == ["_backend_apply_gradients", "_clip_gradients", "_apply_weight_decay", "_backend_update_step"]
+def test_keras_does_nothing_in_a_step_but_call_apply(monkeypatch):
+    """Nothing of Keras's way of a gradient is left, whatever it is called today."""
+    model = network(kopt.SGD(use_ema=True, gradient_accumulation_steps=2, clipnorm=1.0, weight_decay=0.1))
+    allowed = {"apply", "finalize_variable_values", "build", "held", "index_of", "update_step", "scalars", "assign"}
+    for name in dir(KerasOptimizer):
+        doer = name.startswith(("_apply", "_backend", "_clip", "_update", "_overwrite", "_filter", "_all_reduce"))
+        if doer and name not in allowed:
+            monkeypatch.setattr(kopt.SGD, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
+    fit(model)
 
 
 def test_private_attributes():
@@ -43,7 +40,12 @@ def test_private_attributes():
     optimizer._untrack_variable(optimizer._learning_rate)
     assert len(optimizer.variables) == before - 1
     optimizer.build([w])
-    assert optimizer._get_variable_index(w) == 0
+    assert optimizer._trainable_variables_indices == {optimizer._var_key(w): 0}
+    assert optimizer._trainable_variables == [w]
+    assert keras.optimizers.SGD(use_ema=True)._iterations.shape == ()
+    theirs = keras.optimizers.SGD(use_ema=True)
+    theirs.build([w])
+    assert len(theirs._model_variables_moving_average) == 1
     assert hasattr(w, "_layout")
     assert hasattr(optimizer, "_distribution_strategy") == (BACKEND == "tensorflow")
 
@@ -62,3 +64,17 @@ def test_maximum_still_rounds_float64_on_torch():
         pytest.skip("Keras has this defect on torch only")
     a = keras.ops.convert_to_tensor(0.1, "float64")
     assert keras.backend.standardize_dtype(keras.ops.maximum(a, a).dtype) == "float32"
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has strategies")
+def test_the_private_name_of_tensorflow():
+    import tensorflow as tf
+
+    assert parameters(tf.__internal__.distribute.interim.maybe_merge_call)[:2] == ["fn", "strategy"]
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="only JAX has this class")
+def test_the_class_of_values_that_are_not_there_yet():
+    import jax
+
+    jax.jit(lambda x: isinstance(x, jax.core.Tracer) or pytest.fail("no Tracer"))(1.0)

@@ -45,6 +45,7 @@ class Adagrad(Optimizer):
     torch but for epsilon, 1e-10 there.
     """
 
+    squares = True
     initial_accumulator_value = Choice(checks.nonnegative)
     epsilon = Hyper(checks.positive)
 

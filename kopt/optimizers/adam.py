@@ -69,6 +69,7 @@ class Adam(Optimizer):
     1 / √(1 - beta_2ᵗ) times as much, 32 times at the first step. The same as torch but for epsilon, 1e-8 there.
     """
 
+    squares = True
     beta_1 = Hyper(checks.fraction)
     beta_2 = Hyper(checks.fraction)
     epsilon = Hyper(checks.positive)

@@ -45,6 +45,7 @@ class AdamW(Optimizer):
     (see `kopt.Adam`) and in the default decay, 0.004 there.
     """
 
+    squares = True
     beta_1 = Hyper(checks.fraction)
     beta_2 = Hyper(checks.fraction)
     epsilon = Hyper(checks.positive)

@@ -5,14 +5,19 @@ import inspect
 from typing import TypedDict
 
 import keras
+from keras import ops
 
-from kopt import _keras, checks
-from kopt.optimizers import execution, groups, state
+from kopt import _keras, backends, checks
+from kopt.optimizers import execution, gradients, groups, state
 from kopt.optimizers.rule import MASTER, Argument, At, Choice, Hyper, Slot
 
-_DEFAULTS = {"use_ema": False, "ema_momentum": 0.99}  # of the common arguments; the others are None
+_DEFAULTS = {  # of the common arguments; the others are None
+    "track_gradient_norm": False,
+    "nonfinite": "apply",
+    "use_ema": False,
+    "ema_momentum": 0.99,
+}
 _RENAMED = {"lr": "learning_rate", "eps": "epsilon", "decay": "weight_decay", "alpha": "rho", "wd": "weight_decay"}
-_CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
 class Common(TypedDict, total=False):
@@ -24,6 +29,8 @@ class Common(TypedDict, total=False):
     clipnorm: float | None
     clipvalue: float | None
     global_clipnorm: float | None
+    track_gradient_norm: bool
+    nonfinite: str
     use_ema: bool
     ema_momentum: float
     ema_overwrite_frequency: int | None
@@ -50,22 +57,33 @@ class Optimizer(_keras.OptimizerBridge):
         clipnorm: Scale each gradient down to this norm.
         clipvalue: Clip each entry of a gradient to plus or minus this.
         global_clipnorm: Scale all gradients together down to this norm. At most one of the three clips.
+        track_gradient_norm: Keep the norm of all gradients together, before clipping, in `gradient_norm`.
+        nonfinite: What to do with a gradient that has an infinite entry or NaN, or one whose square overflows where
+            the rule squares it. "apply": update with it. "skip": leave weights, state, average and `iterations` as
+            they were, and count it in `skipped_steps`. "raise": the same, and a FloatingPointError says at which
+            update and in which variable: at once where nothing is compiled, as TensorFlow's InvalidArgumentError in
+            a TensorFlow graph; under XLA and on JAX no step is done any more and `fit` raises when it ends, or
+            `raise_nonfinite()` when you call it, for instance at the end of an epoch.
         use_ema: Keep an exponential moving average of the weights, which replaces them when `fit` ends.
         ema_momentum: Weight of the past in that average.
         ema_overwrite_frequency: Also replace the weights by their average every so many steps.
         loss_scale_factor: Multiply the loss, and divide the gradients, by this.
-        gradient_accumulation_steps: Average the gradients of so many steps, then update once.
+        gradient_accumulation_steps: Average the gradients of so many steps, then update once. `iterations`, which
+            drives schedules and averages, counts the updates.
         name: Name of the optimizer.
     """
 
     rule = None
     slots: tuple[Slot, ...] = ()
+    squares = False  # whether the rule squares the gradient, which then may overflow
     weight_decay = Hyper(checks.optional(checks.nonnegative))
     l2 = Hyper(checks.optional(checks.nonnegative))
     exclude_from_decay = Choice(checks.optional(checks.keys))
-    clipnorm = Choice(checks.optional(checks.positive))
-    clipvalue = Choice(checks.optional(checks.positive))
-    global_clipnorm = Choice(checks.optional(checks.positive))
+    clipnorm = Hyper(checks.optional(checks.positive))
+    clipvalue = Hyper(checks.optional(checks.positive))
+    global_clipnorm = Hyper(checks.optional(checks.positive))
+    track_gradient_norm = Choice(checks.boolean)
+    nonfinite = Choice(checks.one_of("apply", "skip", "raise"))
     use_ema = Choice(checks.boolean)
     ema_momentum = Choice(checks.closed_fraction)
     ema_overwrite_frequency = Choice(checks.optional(checks.count(1)))
@@ -81,12 +99,14 @@ class Optimizer(_keras.OptimizerBridge):
         arguments = {argument: _DEFAULTS.get(argument) for argument in declared} | arguments
         learning_rate = checks.learning_rate("learning_rate", learning_rate)
         name = checks.optional(checks.text)("name", name)
+        backends.check_strategy()
         arguments = {argument: declared[argument].check(argument, value) for argument, value in arguments.items()}
         self.check_together(arguments)
 
         # Plain dictionaries, set past Keras's tracking: `add_scalar` tracks the variables.
         self.__dict__.update(ready=False, choices={}, hyper_variables={}, known={}, opened={})
         self.__dict__.update(waiting={}, before={}, loaded={})  # `state.load` says what they hold
+        self.__dict__.update(counts={}, window=set())  # scalars of the step; variables met since the last update
         super().__init__(learning_rate, name=name)
         self.known["learning_rate"] = learning_rate
         for argument, value in arguments.items():
@@ -112,7 +132,7 @@ class Optimizer(_keras.OptimizerBridge):
         """Refuse arguments that are right one by one but not together."""
         if arguments["exclude_from_decay"] and arguments["weight_decay"] is None and arguments["l2"] is None:
             checks.refuse("exclude_from_decay", "None without `weight_decay` or `l2`", arguments["exclude_from_decay"])
-        clips = [name for name in _CLIPS if arguments[name] is not None]
+        clips = [name for name in gradients.CLIPS if arguments[name] is not None]
         if len(clips) > 1:
             checks.refuse(clips[1], f"None beside `{clips[0]}`", arguments[clips[1]])
 
@@ -132,20 +152,21 @@ class Optimizer(_keras.OptimizerBridge):
         """Create the slots of `variables`. Keras calls it at the first step; call it to use the optimizer by hand."""
         if self.built:
             return
-        variables = list(variables)
-        for variable in variables:
-            if "float" not in _keras.dtype_of(variable):
-                path, dtype = _keras.path_of(variable), _keras.dtype_of(variable)
-                raise ValueError(f"`variables` must be of floats. Received: variables={path!r} of {dtype}")
+        variables = self._checked(variables)
         excluded = groups.select("exclude_from_decay", self.exclude_from_decay or [], variables)
-        with _keras.eagerly():
+        with backends.eagerly():
             for name, argument in self.declared().items():
                 if isinstance(argument, Hyper) and argument.opens_slot:  # state that waits brings its slot along
                     self.opened[name] = getattr(self, name) or (float(self.before[name]) if self.waiting else 0.0)
-            super().build(variables)
+            self.index(variables)
             self._rule, self.slots_in_use = self.rule, tuple(self.slots)
             self._reads = inspect.signature(self._rule).parameters.keys() & self.declared().keys()
+            for name, dtype in gradients.counted(self).items():
+                self.counts[name] = self.add_scalar(name, 0, dtype)
+                self.named[id(self.counts[name])] = "count", name
             self._held = tuple(self._hold(v, decayed=i not in excluded) for i, v in enumerate(variables))
+            if self.use_ema:
+                self.show_averages([held.average for held in self._held])
             self._dtypes = tuple(dict.fromkeys(held.dtype for held in self._held))
             if self.exclude_from_decay:
                 kept = groups.portable("exclude_from_decay", self.exclude_from_decay, variables)
@@ -153,38 +174,122 @@ class Optimizer(_keras.OptimizerBridge):
             if self.waiting:
                 state.settle(self)
 
+    def _checked(self, variables) -> list:
+        variables = list(variables)
+        for variable in variables:
+            if not isinstance(variable, keras.Variable) and not hasattr(variable, "assign"):
+                checks.refuse("variables", "a list of variables", variable)
+            if "float" not in _keras.dtype_of(variable):
+                path, dtype = _keras.path_of(variable), _keras.dtype_of(variable)
+                raise ValueError(f"`variables` must be of floats. Received: variables={path!r} of {dtype}")
+        if len({id(variable) for variable in variables}) < len(variables):
+            checks.refuse("variables", "a list without repetitions", [_keras.path_of(v) for v in variables])
+        return variables
+
     def _hold(self, variable, decayed: bool) -> execution.Held:
-        dtype, add = _keras.dtype_of(variable), self.add_variable_from_reference
-        wide = _keras.wide(dtype)
-        if getattr(variable, "overwrite_with_gradient", False):  # Keras assigns the gradient itself
-            return execution.Held(wide, (), None, decayed)
-        slots = tuple(add(variable, slot.name, _keras.constant(slot.initial), wide) for slot in self.slots_in_use)
-        master = None
-        if wide != dtype:
-            master = add(variable, MASTER.name, lambda shape, dtype: _keras.read(variable, dtype), wide)
-        return execution.Held(wide, slots, master, decayed)
+        dtype = _keras.dtype_of(variable)
+        wide = backends.wide(dtype)
+
+        def add(name, initializer="zeros"):
+            return self.add_variable_from_reference(variable, name, initializer, wide)
+
+        total = None if self.gradient_accumulation_steps is None else add("gradient_sum")
+        if getattr(variable, "overwrite_with_gradient", False):
+            return execution.Held(wide, sum=total, overwritten=True)
+        slots = tuple(add(slot.name, _keras.constant(slot.initial)) for slot in self.slots_in_use)
+        master = None if wide == dtype else add(MASTER.name, lambda shape, dtype: backends.read(variable, dtype))
+        average = add("average") if self.use_ema else None
+        return execution.Held(wide, slots, master, average, total, decayed)
+
+    @property
+    def everything(self) -> list:
+        """All variables that a step may change."""
+        return [*self.trained, *self.variables]
+
+    def held(self, variable) -> execution.Held:
+        """What the optimizer keeps for a variable."""
+        return self._held[self.index_of(variable)]
+
+    def apply(self, grads, trainable_variables=None):
+        """Do one step. `optimizers/gradients.py` says what happens in it, in order.
+
+        Args:
+            grads: A gradient for each variable, or None where there is none.
+            trainable_variables: The variables; by default all that the optimizer was built with. The first call
+                builds the optimizer, if nothing has before.
+        """
+        grads = list(grads)
+        if trainable_variables is None and not self.built:
+            checks.refuse("trainable_variables", "given at the first step, if `build` was not called", None)
+        variables = self.trained if trainable_variables is None else list(trainable_variables)
+        with backends.unrecorded():
+            self.build(variables)
+            if grads:
+                with keras.name_scope(self.name):
+                    gradients.take(self, grads, variables)
 
     def scalars(self, learning_rate) -> dict[str, execution.Shared]:
         """What all variables share in this step, for each dtype of the arithmetic."""
         return {dtype: self._shared(dtype, learning_rate) for dtype in self._dtypes}
 
     def _shared(self, dtype, learning_rate) -> execution.Shared:
-        rate = _keras.read(learning_rate, dtype)
-        numbers = {name: _keras.read(variable, dtype) for name, variable in self.hyper_variables.items()}
+        rate = backends.read(learning_rate, dtype)
+        numbers = {name: backends.read(variable, dtype) for name, variable in self.hyper_variables.items()}
         arguments = {name: value for name, value in (self.choices | numbers).items() if name in self._reads}
         decay = numbers.get("weight_decay")
+        share, overwrite = self._average(dtype) if self.use_ema else (None, None)
         return execution.Shared(
-            at=At(_keras.read(self.iterations, dtype) + 1, rate),
+            at=At(backends.read(self.iterations, dtype) + 1, rate),
             arguments=arguments,
             l2=numbers.get("l2"),
             decay=None if decay is None else rate * decay,
+            share=share,
+            overwrite=overwrite,
         )
+
+    def _average(self, dtype):
+        """The newest weight's share in the moving average: all of it at the first update; and whether to overwrite."""
+        done = backends.read(self.iterations, "int32")
+        share = ops.where(done == 0, backends.read(1, dtype), backends.read(1 - self.ema_momentum, dtype))
+        frequency = self.ema_overwrite_frequency
+        return share, None if frequency is None else (done + 1) % frequency == 0
 
     def update_step(self, gradient, variable, learning_rate):
         """Update one variable. `learning_rate` is a rate, or what `scalars` made of it for the whole step."""
         shared = learning_rate if isinstance(learning_rate, dict) else self.scalars(learning_rate)
-        held = self._held[self.index_of(variable)]
-        execution.plain(self._rule, gradient, variable, held, shared[held.dtype], self.assign)
+        index = self.index_of(variable)
+        held, constraint = self._held[index], getattr(self.trained[index], "constraint", None)
+        execution.plain(self._rule, gradient, variable, held, shared[held.dtype], constraint, self.assign)
+
+    def finalize_variable_values(self, var_list):
+        """Raise what `nonfinite="raise"` has left to say; replace the variables by their averages."""
+        self.raise_nonfinite()
+        if self.use_ema and self.built:
+            known = [v for v in var_list if self.index_of(v) is not None and self.held(v).average is not None]
+            averages = [self.held(v).average for v in known]
+            backends.on_every_copy(lambda v, average: self.assign(v, backends.read(average, v.dtype)), known, averages)
+
+    @property
+    def skipped_steps(self):
+        """How many updates were left out because of `nonfinite`."""
+        return self._count("skipped_steps", 'nonfinite="skip"')
+
+    @property
+    def gradient_norm(self):
+        """The norm of all gradients together, before clipping, at the last update."""
+        return self._count("gradient_norm", "track_gradient_norm=True")
+
+    def _count(self, name, asked_by):
+        if name not in gradients.counted(self):
+            raise AttributeError(f"`{name}` is kept only with `{asked_by}`")
+        return self.counts[name] if self.built else 0
+
+    def raise_nonfinite(self):
+        """Raise the FloatingPointError that `nonfinite="raise"` could not raise in a compiled step, if there is one.
+
+        Training can go on after it, with the weights as they were before the bad gradient.
+        """
+        gradients.complain(self)
 
     # Arguments and state
 
@@ -194,7 +299,7 @@ class Optimizer(_keras.OptimizerBridge):
 
     @learning_rate.setter
     def learning_rate(self, value):
-        if _keras.is_symbolic(value):  # in a step being traced: nothing to judge yet
+        if backends.is_symbolic(value):  # in a step being traced: nothing to judge yet
             keras.optimizers.Optimizer.learning_rate.fset(self, value)
             return
         value = checks.learning_rate("learning_rate", value)

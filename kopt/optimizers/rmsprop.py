@@ -80,6 +80,7 @@ class RMSprop(Optimizer):
     epsilon (1e-8 there); torch keeps the rate out of v, which matters only when the rate changes.
     """
 
+    squares = True
     rho = Hyper(checks.fraction)
     momentum = Hyper(checks.fraction, opens_slot=True)
     centered = Choice(checks.boolean)

@@ -7,7 +7,7 @@ and the slots; whoever calls it subtracts `step` from the weight. Inside a rule 
 from dataclasses import dataclass
 from typing import Any
 
-from kopt import _keras, checks, numerics
+from kopt import _keras, backends, checks, numerics
 
 
 class At:
@@ -94,7 +94,7 @@ class Hyper(Argument):
         if not optimizer.ready:
             return
         variable = optimizer.hyper_variables.get(self.name)
-        symbolic = variable is not None and _keras.is_symbolic(value)  # in a step being traced: no value to judge yet
+        symbolic = variable is not None and backends.is_symbolic(value)  # in a step being traced: no value to judge yet
         value = value if symbolic else self.judged(optimizer, value)
         if (variable is None) != (value is None):
             kind = "None" if variable is None else "a number"

@@ -139,8 +139,9 @@ def _differences(own, saved) -> list[str]:
 
 
 def _may_differ(name: str) -> bool:
-    """The rate may be a schedule on one side; a master follows from the weight where the file has none."""
-    return name == "learning_rate" or name.startswith(f"{MASTER.name}:")
+    """The rate may be a schedule on one side; a master follows from the weight where the file has none; counts and
+    sums start at zero."""
+    return name == "learning_rate" or name.startswith((f"{MASTER.name}:", "count:", "gradient_sum:"))
 
 
 def _title(optimizer) -> str:

@@ -1,0 +1,213 @@
+"""What TensorFlow, JAX and torch do each in their own way: conditions, replicas, gradients of rows."""
+
+import contextlib
+
+import keras
+from keras import ops
+
+from kopt import checks
+
+BACKEND = keras.backend.backend()
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+elif BACKEND == "torch":
+    import torch
+elif BACKEND == "jax":
+    import jax
+
+
+def wide(dtype: str) -> str:
+    """The dtype in which kopt computes and keeps state for `dtype`: float64 for float64, else float32."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def read(x, dtype):
+    """The value of a variable or tensor as a plain tensor: Keras's operators on its variables are other ones."""
+    if BACKEND == "tensorflow":  # the rows of `tf.IndexedSlices` are summed
+        return tf.cast(tf.convert_to_tensor(x), dtype)
+    return ops.convert_to_tensor(x, dtype)
+
+
+def eagerly():
+    """A context that leaves the TensorFlow function being traced, so that variables hold their values at once."""
+    return tf.init_scope() if BACKEND == "tensorflow" else contextlib.nullcontext()
+
+
+def unrecorded():
+    """A context in which torch keeps no graph for differentiation; the other backends need none."""
+    return torch.no_grad() if BACKEND == "torch" else contextlib.nullcontext()
+
+
+# Conditions
+
+
+def is_symbolic(value) -> bool:
+    """Whether this is a tensor of a step that is being traced, which has no value yet."""
+    if BACKEND == "tensorflow":
+        return tf.is_tensor(value) and not hasattr(value, "numpy")
+    return BACKEND == "jax" and isinstance(value, jax.core.Tracer)
+
+
+def when(condition, update, variables) -> None:
+    """Call `update()`, which reads and assigns to none but `variables`, if `condition` holds.
+
+    In a compiled step this is a loop of no turn or one: XLA runs it in place, whereas the two ways out of a branch cost
+    it copies of all that the branch may change. CONTRIBUTING.md has the figures.
+    """
+    if not is_symbolic(condition):
+        if condition:
+            update()
+    elif BACKEND == "tensorflow":
+        tf.while_loop(lambda go: go, lambda go: (update(), tf.constant(False))[1], [condition])
+    else:
+
+        def turn(carry):
+            with keras.StatelessScope(list(zip(variables, carry[1], strict=True))) as scope:
+                update()
+            return ops.zeros_like(carry[0]), [scope.get_current_value(variable) for variable in variables]
+
+        values = [variable.value for variable in variables]
+        _, values = jax.lax.while_loop(lambda carry: carry[0], turn, (condition, values))
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+
+
+def clear_when(condition, variables) -> None:
+    """Set the variables to zero if `condition` holds; JAX makes that part of what is done with them next."""
+    if BACKEND == "jax" and is_symbolic(condition):
+        for variable in variables:
+            variable.assign(ops.where(condition, 0, variable.value))
+    else:
+
+        def clear(variable, value):
+            variable.assign(ops.zeros(value.shape, value.dtype))
+
+        when(condition, lambda: on_every_copy(clear, variables, variables), variables)
+
+
+def demanded(conditions, complaints):
+    """A context for what is done only if all conditions hold, once a TensorFlow step has raised otherwise.
+
+    JAX and XLA raise nothing: there all of it is done.
+    """
+    if BACKEND != "tensorflow":
+        return contextlib.nullcontext()
+    asserts = [tf.debugging.Assert(c, [m]) for c, m in zip(tf.unstack(conditions), complaints, strict=True)]
+    return tf.control_dependencies(asserts)
+
+
+# Replicas of a TensorFlow strategy
+
+
+def strategy():
+    """The `tf.distribute` strategy in whose scope this runs, or None."""
+    return tf.distribute.get_strategy() if BACKEND == "tensorflow" and tf.distribute.has_strategy() else None
+
+
+def check_strategy(home=None) -> None:
+    """Refuse a strategy that Keras 3 does not train under, and one that an optimizer was not made for."""
+    current = strategy()
+    if current is None:
+        return
+    supported = (tf.distribute.MirroredStrategy, tf.distribute.OneDeviceStrategy, tf.distribute.TPUStrategy)
+    if not isinstance(current, supported):
+        names = ", ".join(cls.__name__ for cls in supported)
+        checks.refuse("strategy", f"one of those that Keras 3 trains under ({names})", current)
+    if home is not None and current is not home:
+        checks.refuse("strategy", "the one in whose scope the optimizer was made", current)
+
+
+def replicas() -> int:
+    current = strategy()
+    return 1 if current is None else current.num_replicas_in_sync
+
+
+def summed_over_replicas(gradients, then) -> None:
+    """Call `then` with the gradients summed over the replicas: one all-reduce, and one call for all replicas.
+
+    The replicas are merged before any condition is met: within one, `tf.distribute` cannot merge them any more.
+    """
+    context = tf.distribute.get_replica_context() if strategy() else None
+    if context is None:
+        then(gradients)
+        return
+    if context.num_replicas_in_sync > 1:
+        gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+    merge = tf.__internal__.distribute.interim.maybe_merge_call
+    merge(lambda _, gradients: then(gradients), context.strategy, gradients)
+
+
+def on_every_copy(function, variables, gradients) -> None:
+    """Call `function(variable, gradient)` for each pair, under a strategy for the copies of each replica."""
+    current = strategy()
+    for variable, gradient in zip(variables, gradients, strict=True):
+        if current is None:
+            function(variable, gradient)
+        else:
+            current.extended.update(_native(variable), function, args=(_native(gradient),), group=False)
+
+
+def first_copy(x):
+    """What the first replica holds of a gradient or variable that all replicas have alike."""
+    current = strategy()
+    return x if current is None else current.experimental_local_results(_native(x))[0]
+
+
+def _native(x):
+    return x.value if isinstance(x, keras.Variable) else x
+
+
+# Gradients of rows: only TensorFlow has them
+
+
+def has_rows(gradient) -> bool:
+    return BACKEND == "tensorflow" and isinstance(gradient, tf.IndexedSlices)
+
+
+def mapped(function, gradient):
+    """The function of a gradient, or of the rows of `tf.IndexedSlices`."""
+    if has_rows(gradient):
+        return tf.IndexedSlices(function(gradient.values), gradient.indices, gradient.dense_shape)
+    return function(gradient)
+
+
+def distinct_rows(gradient):
+    """The gradient with the rows summed that stand for the same row of the variable.
+
+    There are as many rows as before, so that XLA knows their number: zeros fill up, as a gradient of row 0.
+    """
+    if not has_rows(gradient):
+        return gradient
+    order = tf.argsort(gradient.indices)
+    indices = tf.gather(gradient.indices, order)
+    is_new = tf.concat([indices[:1] == indices[:1], indices[1:] != indices[:-1]], 0)
+    place, n = tf.cumsum(tf.cast(is_new, "int32")) - 1, tf.shape(indices)[0]
+    values = tf.math.unsorted_segment_sum(tf.gather(gradient.values, order), place, n)
+    indices = tf.maximum(tf.math.unsorted_segment_max(indices, place, n), 0)
+    return tf.IndexedSlices(values, indices, gradient.dense_shape)
+
+
+def shape_and_dtype(gradient) -> tuple[tuple, str]:
+    """The shape, with None where it is not known yet, and the dtype."""
+    if has_rows(gradient):
+        return (None, *gradient.values.shape[1:]), keras.backend.standardize_dtype(gradient.dtype)
+    if not hasattr(gradient, "dtype"):
+        gradient = ops.convert_to_tensor(gradient)
+    return tuple(gradient.shape), keras.backend.standardize_dtype(gradient.dtype)
+
+
+def may_equal(shape, other) -> bool:
+    """Whether two shapes are the same, as far as they are known."""
+    return len(shape) == len(other) and all(a in (None, b) for a, b in zip(shape, other, strict=True))
+
+
+def cast(gradient, variable, dtype):
+    """The gradient of a variable in another dtype; one of rows says from then on how many there are in all."""
+    if has_rows(gradient):
+        return tf.IndexedSlices(tf.cast(gradient.values, dtype), gradient.indices, tf.constant(variable.shape, "int64"))
+    return ops.cast(gradient, dtype)
+
+
+def entries(gradient):
+    """A tensor of all entries of a gradient that may differ from zero."""
+    return distinct_rows(gradient).values if has_rows(gradient) else gradient
