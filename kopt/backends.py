@@ -109,12 +109,12 @@ def check_strategy(home=None) -> None:
     current = strategy()
     if current is None:
         return
-    supported = (tf.distribute.MirroredStrategy, tf.distribute.OneDeviceStrategy, tf.distribute.TPUStrategy)
-    if not isinstance(current, supported):
-        names = ", ".join(cls.__name__ for cls in supported)
-        checks.refuse("strategy", f"one of those that Keras 3 trains under ({names})", current)
+    supported = "MirroredStrategy", "OneDeviceStrategy", "TPUStrategy"
+    if not isinstance(current, tuple(getattr(tf.distribute, name) for name in supported)):
+        allowed = f"one of those that Keras 3 trains under: {', '.join(supported)}"
+        checks.refuse("strategy", allowed, type(current).__name__)
     if home is not None and current is not home:
-        checks.refuse("strategy", "the one in whose scope the optimizer was made", current)
+        checks.refuse("strategy", "the one in whose scope the optimizer was made", type(current).__name__)
 
 
 def replicas() -> int:
@@ -204,7 +204,9 @@ def may_equal(shape, other) -> bool:
 def cast(gradient, variable, dtype):
     """The gradient of a variable in another dtype; one of rows says from then on how many there are in all."""
     if has_rows(gradient):
-        return tf.IndexedSlices(tf.cast(gradient.values, dtype), gradient.indices, tf.constant(variable.shape, "int64"))
+        return tf.IndexedSlices(
+            tf.cast(gradient.values, dtype), gradient.indices, tf.constant(tuple(variable.shape), "int64")
+        )
     return ops.cast(gradient, dtype)
 
 

@@ -69,39 +69,6 @@ def test_variables_that_are_overwritten_with_their_gradient(row):
 
 
 @every_class
-def test_accumulated_gradients_equal_their_mean(row):
-    one, two = keras.Variable(START), keras.Variable(START)
-    accumulating = row.make(gradient_accumulation_steps=2)
-    run(accumulating, one)
-    run(row.make(), two, stream=(STREAM[::2] + STREAM[1::2]) / 2)
-    np.testing.assert_allclose(numpy([one])[0], numpy([two])[0], rtol=1e-5, atol=1e-6)
-    assert int(accumulating.iterations) == 3
-
-
-@every_class
-def test_loss_scaling_changes_nothing_and_skips_overflow(row):
-    w, twin = keras.Variable(START), keras.Variable(START)
-    scaled = keras.optimizers.LossScaleOptimizer(row.make(), initial_scale=2.0**15)
-    scaled.build([w])
-    overflow = np.full((1, 2, 3), np.inf, "float32")
-    for g in np.concatenate([STREAM * 2.0**15, overflow]):
-        before = numpy([w])
-        if BACKEND == "jax":  # where Keras's wrapper has only this form
-            weights, state = scaled.stateless_apply([v.value for v in scaled.variables], [ops.array(g)], [w.value])
-            for variable, value in zip([w, *scaled.variables], [*weights, *state], strict=True):
-                variable.assign(value)
-        else:
-            run(scaled, w, stream=[g])
-    assert equal([w], before)
-    run(row.make(), twin)
-    np.testing.assert_allclose(*numpy([w, twin]), rtol=2e-6, atol=2e-7)  # JAX compiles one of the two
-    assert int(scaled.inner_optimizer.iterations) == len(STREAM)
-    fixed = keras.Variable(START)
-    run(row.make(loss_scale_factor=4.0), fixed, stream=STREAM * 4)
-    assert equal([fixed], [twin])
-
-
-@every_class
 def test_two_optimizers_side_by_side_equal_one(row):
     models = [network(row.make()), network(keras.optimizers.MultiOptimizer(
         keras.optimizers.OptimizerMap(row.make(), {".*head.*": row.make()})
@@ -159,21 +126,6 @@ def test_callbacks_of_keras(tmp_path):
 
 def interrupt(model):
     raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("clip", [{"clipnorm": 0.5}, {"clipvalue": 0.1}, {"global_clipnorm": 0.5}], ids=str)
-def test_clipping(clip):
-    variables = [keras.Variable(START), keras.Variable(START[:1])]
-    gradients = [STREAM[0], STREAM[1, :1]]
-    kopt.SGD(1.0, **clip).apply([ops.convert_to_tensor(g) for g in gradients], variables)
-    whole = np.sqrt(sum((g**2).sum() for g in gradients))
-    for w, g in zip(variables, gradients, strict=True):
-        clipped = {
-            "clipnorm": g * min(1, 0.5 / np.linalg.norm(g)),
-            "clipvalue": g.clip(-0.1, 0.1),
-            "global_clipnorm": g * min(1, 0.5 / whole),
-        }[next(iter(clip))]
-        np.testing.assert_allclose(numpy([w])[0], START[: len(g)] - clipped, rtol=1e-6, atol=1e-7)
 
 
 @every_class

@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 from tests.catalog import CLASSES, OPTIMIZERS
+from tests.conftest import BACKEND
 
 every_row = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 every_class = pytest.mark.parametrize("row", CLASSES, ids=str)
@@ -39,6 +40,51 @@ def run(optimizer, *variables, stream=STREAM):
     for g in stream:
         optimizer.apply([ops.convert_to_tensor(g.reshape(v.shape), dtype=v.dtype) for v in variables], list(variables))
     return numpy(variables)
+
+
+MODES = {"tensorflow": ("eager", "graph", "xla"), "jax": ("eager", "jit"), "torch": ("eager", "stateless")}[BACKEND]
+every_mode = pytest.mark.parametrize("mode", MODES)
+
+
+def train(mode, optimizer, variables, stream):
+    """Do one step for each list of gradients in the stream, in one of the ways that a backend can run it."""
+    optimizer.build(variables)
+    state = optimizer.variables
+    stream = [[g if g is None else ops.convert_to_tensor(g, v.dtype) for g, v in zip(gs, variables, strict=True)]
+              for gs in stream]  # fmt: skip
+    if mode == "eager":
+        for gradients in stream:
+            optimizer.apply(gradients, variables)
+    elif mode in ("graph", "xla"):
+        import tensorflow as tf
+
+        step = tf.function(lambda *gradients: optimizer.apply(gradients, variables), jit_compile=mode == "xla")
+        for gradients in stream:
+            step(*gradients)
+    else:
+        step = optimizer.stateless_apply
+        if mode == "jit":
+            import jax
+
+            step = jax.jit(step, donate_argnums=(0, 2))
+        held = [[ops.copy(v.value) for v in state], [ops.copy(v.value) for v in variables]]
+        for gradients in stream:
+            weights, values = step(held[0], gradients, held[1])
+            held = [values, weights]
+        for variable, value in zip([*state, *variables], [*held[0], *held[1]], strict=True):
+            variable.assign(value)
+
+
+def state_of(optimizer, *variables, but=()):
+    """The values of all variables of an optimizer, and of others, by name."""
+    own = {v.name: v for v in optimizer.variables if v.name not in but} | {f"w{i}": v for i, v in enumerate(variables)}
+    return dict(zip(own, numpy(own.values()), strict=True))
+
+
+def same(one, other):
+    """Whether two states are equal to the bit; says where they are not."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not np.array_equal(one[name], other[name])] == []
 
 
 def network(optimizer, **compiled):

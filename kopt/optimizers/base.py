@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import sys
 from typing import TypedDict
 
 import keras
@@ -152,6 +153,7 @@ class Optimizer(_keras.OptimizerBridge):
         """Create the slots of `variables`. Keras calls it at the first step; call it to use the optimizer by hand."""
         if self.built:
             return
+        backends.check_strategy(self.home)
         variables = self._checked(variables)
         excluded = groups.select("exclude_from_decay", self.exclude_from_decay or [], variables)
         with backends.eagerly():
@@ -264,7 +266,8 @@ class Optimizer(_keras.OptimizerBridge):
     def finalize_variable_values(self, var_list):
         """Raise what `nonfinite="raise"` has left to say; replace the variables by their averages."""
         self.raise_nonfinite()
-        if self.use_ema and self.built:
+        interrupted = isinstance(sys.exc_info()[1], FloatingPointError)  # JAX's `fit` gets here with the error under way
+        if self.use_ema and self.built and not interrupted:
             known = [v for v in var_list if self.index_of(v) is not None and self.held(v).average is not None]
             averages = [self.held(v).average for v in known]
             backends.on_every_copy(lambda v, average: self.assign(v, backends.read(average, v.dtype)), known, averages)

@@ -159,15 +159,17 @@ def _recorded(optimizer, variables, fine):
 
 def complain(optimizer) -> None:
     """Raise what a compiled step under `nonfinite="raise"` has left to be raised, once."""
-    if optimizer.nonfinite == "raise" and optimizer.built and int(optimizer.counts["nonfinite_waiting"]):
+    if optimizer.nonfinite == "raise" and optimizer.built and _keras.to_numpy(optimizer.counts["nonfinite_waiting"]):
         optimizer.counts["nonfinite_waiting"].assign(0)
         raise FloatingPointError(_complaint(optimizer))
 
 
 def _complaint(optimizer, variable=None) -> str:
     """What is wrong with the gradient of a variable; by default of the one, and at the update, that is written down."""
-    at = "" if variable is not None else f" at update {int(optimizer.counts['nonfinite_step'])}"
-    variable = optimizer.trained[int(optimizer.counts["nonfinite_variable"])] if variable is None else variable
+    at = "" if variable is not None else f" at update {_keras.to_numpy(optimizer.counts['nonfinite_step'])}"
+    variable = (
+        optimizer.trained[_keras.to_numpy(optimizer.counts["nonfinite_variable"])] if variable is None else variable
+    )
     what = "or its square is" if optimizer.squares else "is"
     return f"The gradient of {_keras.path_of(variable)!r} {what} not finite{at}; the weights are those before it."
 
