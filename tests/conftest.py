@@ -6,6 +6,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("MPLBACKEND", "Agg")
 FLOATX = os.environ.get("KOPT_FLOATX", "float32")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # JAX; tests/test_distribution.py
 if FLOATX == "float64":
     os.environ["JAX_ENABLE_X64"] = "1"
 
@@ -15,6 +16,11 @@ import pytest
 
 keras.config.set_floatx(FLOATX)
 BACKEND = keras.backend.backend()
+if BACKEND == "tensorflow":  # two devices for tests/test_distribution.py
+    import tensorflow as tf
+
+    two = [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], two)
 
 hypothesis.settings.register_profile("kopt", max_examples=30, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("kopt")

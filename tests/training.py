@@ -75,6 +75,11 @@ def train(mode, optimizer, variables, stream):
             variable.assign(value)
 
 
+def near(ours, theirs, tolerance=1e-6):
+    for a, b in zip(numpy(ours), numpy(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
 def state_of(optimizer, *variables, but=()):
     """The values of all variables of an optimizer, and of others, by name."""
     own = {v.name: v for v in optimizer.variables if v.name not in but} | {f"w{i}": v for i, v in enumerate(variables)}

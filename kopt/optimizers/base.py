@@ -266,7 +266,9 @@ class Optimizer(_keras.OptimizerBridge):
     def finalize_variable_values(self, var_list):
         """Raise what `nonfinite="raise"` has left to say; replace the variables by their averages."""
         self.raise_nonfinite()
-        interrupted = isinstance(sys.exc_info()[1], FloatingPointError)  # JAX's `fit` gets here with the error under way
+        interrupted = isinstance(
+            sys.exc_info()[1], FloatingPointError
+        )  # JAX's `fit` comes here with the error on its way
         if self.use_ema and self.built and not interrupted:
             known = [v for v in var_list if self.index_of(v) is not None and self.held(v).average is not None]
             averages = [self.held(v).average for v in known]
