@@ -60,6 +60,13 @@ class OptimizerBridge(keras.optimizers.Optimizer):
             self._untrack_variable(self._learning_rate)
             self._learning_rate = self.add_scalar("learning_rate", learning_rate)
 
+    def __setattr__(self, name, value):
+        """Keras wraps and tracks what is assigned; the value of a property or an argument is not to be kept so."""
+        if hasattr(type(self), name):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def add_scalar(self, name, value, dtype=None):
         """A scalar variable of this optimizer, saved and compiled like its slots."""
         return self.add_variable(

@@ -49,7 +49,7 @@ def _number(name: str, allowed: str, value: Any) -> float:
         value = keras.ops.convert_to_numpy(value)
     dtype = str(getattr(value, "dtype", type(value).__name__))
     scalar = getattr(value, "shape", ()) == () and hasattr(value, "__float__")
-    if not scalar or "bool" in dtype or "complex" in dtype:
+    if not scalar or "bool" in dtype or "complex" in dtype or isinstance(value, (str, bytes)):
         refuse(name, allowed, value)
     try:
         return float(value)
@@ -59,7 +59,8 @@ def _number(name: str, allowed: str, value: Any) -> float:
 
 positive = _range("a finite number greater than 0", lambda x: x > 0)
 nonnegative = _range("a finite number of 0 or more", lambda x: x >= 0)
-at_least_one = _range("a finite number of 1 or more", lambda x: x >= 1)
+finite = _range("a finite number", lambda x: True)
+window = _range("a number of 1 or more, below 2**53", lambda x: 1 <= x < 2**53)
 fraction = _range("a number in [0, 1)", lambda x: 0 <= x < 1)
 closed_fraction = _range("a number in [0, 1]", lambda x: 0 <= x <= 1)
 
@@ -76,14 +77,20 @@ def text(name: str, value: Any) -> str:
     return value
 
 
+def sentence(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        refuse(name, "a non-empty string", value)
+    return value
+
+
 def count(least: int) -> Check:
     def check(name: str, value: Any) -> int:
-        allowed = f"an integer of {least} or more"
+        allowed = f"an integer of {least} or more, below 2**31"
         try:
             number = operator.index(value)
-        except TypeError:
+        except (TypeError, AttributeError):
             refuse(name, allowed, value)
-        if isinstance(value, (bool, np.bool_)) or number < least:
+        if isinstance(value, (bool, np.bool_)) or not least <= number < 2**31:
             refuse(name, allowed, value)
         return number
 
@@ -108,7 +115,7 @@ def learning_rate(name: str, value: Any) -> Any:
     allowed = "a finite number of 0 or more, a LearningRateSchedule, or a callable that takes no argument"
     if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
         return value
-    if callable(value) and not isinstance(value, type) and not _needs_arguments(value):
+    if callable(value) and not isinstance(value, (type, keras.layers.Layer)) and not _needs_arguments(value):
         return value
     return _range(allowed, lambda x: x >= 0)(name, value)
 

@@ -68,8 +68,9 @@ def exponentially_weighted_average(values, beta=None, *, window=None, bias_corre
     if beta is not None and window is not None:
         checks.refuse("window", f"None beside `beta` ({beta!r})", window)
     if window is not None:
-        beta = 1 - 1 / checks.at_least_one("window", window)
-    beta = 0.9 if beta is None else checks.fraction("beta", beta)
+        beta = 1 - 1 / checks.window("window", window)
+    else:
+        beta = 0.9 if beta is None else checks.fraction("beta", beta)
     bias_correction = checks.boolean("bias_correction", bias_correction)
 
     series = np.asarray(ops.convert_to_numpy(values) if ops.is_tensor(values) else values)

@@ -31,3 +31,11 @@ def fresh():
     """The same seed and the same layer names for every test."""
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many values tests/test_bad_input.py has tried."""
+    calls = [r for reports in terminalreporter.stats.values() for r in reports if getattr(r, "when", "") == "call"]
+    cases = sum(value for report in calls for name, value in report.user_properties if name == "cases")
+    if cases:
+        terminalreporter.write_line(f"{cases} values of arguments taken or refused as declared")

@@ -105,3 +105,83 @@ def test_bad_arguments_are_taken_by_keras():
         kopt.Adam(good)
         with pytest.raises(ValueError, match="should be float"):
             optimizers.Adam(good)
+
+
+def lost_to_one_infinity(cls, **more):
+    """How many of 8 weights are no numbers after one infinity in one of two gradients, and three good steps."""
+    weights = [keras.Variable(np.ones(4)), keras.Variable(np.ones(4))]
+    optimizer = cls(0.1, use_ema=True, **more)
+    for last in (np.inf, 1.0, 1.0, 1.0):
+        gradients = [np.ones(4, "float32"), np.array([1, 1, 1, last], "float32")]
+        optimizer.apply([ops.convert_to_tensor(g) for g in gradients], weights)
+    return int(sum(np.isnan(w).sum() for w in numpy(weights)))
+
+
+def is_lost_to_a_square(cls, **more):
+    w = keras.Variable(np.ones(1), dtype="float32")
+    run(cls(0.1, **more), w, stream=np.array([[1e20], [1.0]], "float32"))
+    return not 0.8 < numpy([w])[0][0] < 0.95  # it is NaN, or will not move any more
+
+
+def rate_after_two_updates(cls):
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([2], [1.0, 0.5])  # half after two
+    optimizer, w = cls(schedule, gradient_accumulation_steps=2), keras.Variable(np.ones(1))
+    run(optimizer, w, stream=np.ones((4, 1), "float32"))
+    return float(optimizer.learning_rate)
+
+
+def average_under_accumulation(cls):
+    """The average with momentum 1/2 of the weights 0, -1 and -2, after one update each."""
+    optimizer = cls(1.0, gradient_accumulation_steps=2, use_ema=True, ema_momentum=0.5)
+    w = keras.Variable(np.ones(1))
+    run(optimizer, w, stream=np.ones((6, 1), "float32"))
+    optimizer.finalize_variable_values([w])
+    return float(numpy([w])[0][0])
+
+
+def float16_step_clipped_to_1(cls):
+    w = keras.Variable(np.zeros(4), dtype="float16")
+    run(cls(1.0, clipnorm=1.0), w, stream=np.full((1, 4), 300.0, "float32"))
+    return float(numpy([w])[0][0])
+
+
+def bfloat16_average_of_ones_then_twos(cls):
+    optimizer, w = cls(0.0, use_ema=True, ema_momentum=0.999), keras.Variable(np.ones(1), dtype="bfloat16")
+    run(optimizer, w, stream=np.zeros((1, 1), "float32"))
+    w.assign(np.full(1, 2.0))
+    run(optimizer, w, stream=np.zeros((2000, 1), "float32"))
+    optimizer.finalize_variable_values([w])
+    return round(float(ops.convert_to_numpy(ops.cast(w, "float32"))[0]), 1)
+
+
+def average_of_weights_held_at_zero(cls):
+    optimizer, w = cls(1.0, use_ema=True, ema_momentum=0.5), keras.Variable(np.zeros(1))
+    w.constraint = keras.constraints.NonNeg()
+    run(optimizer, w, stream=np.ones((3, 1), "float32"))
+    optimizer.finalize_variable_values([w])
+    return float(numpy([w])[0][0])
+
+
+SAME_CASE = [  # what is done, and what kopt and Keras make of it
+    (lost_to_one_infinity, "Adam", {}, 1, 1),  # both apply what they are given
+    (lost_to_one_infinity, "Adam", {"global_clipnorm": 1.0}, 1, 8),
+    (lost_to_one_infinity, "Adam", {"nonfinite": "skip"}, 0, None),
+    (is_lost_to_a_square, "Adam", {}, True, True),
+    (is_lost_to_a_square, "Adam", {"nonfinite": "skip"}, False, None),
+    (rate_after_two_updates, "SGD", {}, 1.0, 0.5),  # at iterations = 2, the third update is still to come
+    (average_under_accumulation, "SGD", {}, -1.25, -1.375),
+    (float16_step_clipped_to_1, "SGD", {}, pytest.approx(-0.5), 0.0),
+    (bfloat16_average_of_ones_then_twos, "SGD", {}, 1.9, 1.0),
+    (average_of_weights_held_at_zero, "SGD", {}, 0.0, -1.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "rule", "more", "ours", "theirs"), SAME_CASE, ids=[f"{c[0].__name__}-{c[2]}" for c in SAME_CASE]
+)
+def test_gradients_in_the_same_case(case, rule, more, ours, theirs):
+    results = (
+        case(getattr(kopt, rule), **more),
+        case(getattr(optimizers, rule), **more) if theirs is not None else None,
+    )
+    assert results == (ours, theirs)

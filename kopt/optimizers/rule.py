@@ -32,6 +32,11 @@ class Slot:
     doc: str
     initial: float = 0.0
 
+    def __post_init__(self):
+        checks.text("name", self.name)
+        checks.sentence("doc", self.doc)
+        checks.finite("initial", self.initial)
+
 
 MASTER = Slot("master", "the float32 weight behind a 16-bit one")
 
@@ -62,13 +67,11 @@ class Choice(Argument):
     def __set__(self, optimizer, value):
         if not optimizer.ready:  # Keras's constructor assigns its own defaults
             return
-        value = self.judged(optimizer, value)
-        if optimizer.built and (isinstance(value, list) or value != optimizer.choices[self.name]):
-            raise ValueError(
-                f"`{self.name}` must be as it was at build, {optimizer.choices[self.name]!r}: the step and its state "
-                f"were made from it. Received: {self.name}={value!r}"
-            )
-        optimizer.choices[self.name] = value
+        judged, kept = self.judged(optimizer, value), optimizer.choices.get(self.name)
+        if optimizer.built and (isinstance(judged, list) or judged != kept):
+            allowed = f"as it was at build, {kept!r}: the step and its state were made from it"
+            checks.refuse(self.name, allowed, value)
+        optimizer.choices[self.name] = judged
 
 
 class Hyper(Argument):
