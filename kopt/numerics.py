@@ -37,7 +37,7 @@ def norm(arrays):
 
     def root(scale):
         squares = [ops.sum(ops.square(a if scale == 1 else a * scale)) for a in arrays]
-        return ops.sqrt(sum(ops.cast(square, dtype) for square in squares)) / scale
+        return ops.sqrt(sum((ops.cast(square, dtype) for square in squares), ops.zeros((), dtype))) / scale
 
     direct = root(1)
     return ops.cond(ops.isfinite(direct), lambda: direct, lambda: root(2.0**-64))

@@ -109,11 +109,11 @@ def test_a_bad_gradient_is_raised_and_stops_what_is_compiled(row, mode):
 
         at_once = tf.errors.InvalidArgumentError
     path = ours[1].path
-    raised = pytest.raises(at_once, match=f"gradient of '{path}'") if at_once else contextlib.nullcontext()
+    raised = pytest.raises(at_once, match=f"gradient of `{path}`") if at_once else contextlib.nullcontext()
     with raised:
         train(mode, optimizer, ours, [*PAIRS[:2], spoilt(PAIRS[2], np.nan, 1), PAIRS[3]])
     if at_once is None:
-        with pytest.raises(FloatingPointError, match=f"^The gradient of '{path}' .*not finite at update 3; "):
+        with pytest.raises(FloatingPointError, match=f"^The gradient of `{path}` .*not finite at update 3; "):
             optimizer.finalize_variable_values(ours)
     optimizer.raise_nonfinite()  # once
     if mode == "stateless":  # what the call would have returned is lost
@@ -351,7 +351,7 @@ def test_in_fit(compiled):
     model = network(kopt.Adam(0.1, nonfinite="raise", use_ema=True), **compiled)
     twin = network(kopt.Adam(0.1), **compiled)
     twin.set_weights(model.get_weights())
-    with pytest.raises(Exception, match="The gradient of '.*body/kernel' or its square is not finite"):
+    with pytest.raises(Exception, match="The gradient of `.*body/kernel` or its square is not finite"):
         train(model, epochs=2)
     twin.fit(x[:16], y[:16], batch_size=8, shuffle=False, verbose=0)
     assert equal(model.variables[:4], twin.variables[:4])  # and not replaced by the averages

@@ -58,7 +58,7 @@ def pure(row, stream, dtype):
     optimizer = row.make()
     optimizer.build([])
     rule, state = optimizer.rule, [np.full(8, s.initial, dtype) for s in optimizer.slots]
-    arguments = {name: getattr(optimizer, name) for name in optimizer._reads}
+    arguments = optimizer.rule_arguments(optimizer.arguments())
     w = np.zeros(8, dtype)
     for t, g in enumerate(stream, start=1):
         tensors = [ops.convert_to_tensor(x, dtype=dtype) for x in (g, w, *state)]

@@ -6,11 +6,10 @@ import sys
 from typing import TypedDict
 
 import keras
-from keras import ops
 
 from kopt import _keras, backends, checks
 from kopt.optimizers import execution, gradients, groups, state
-from kopt.optimizers.rule import MASTER, Argument, At, Choice, Hyper, Slot
+from kopt.optimizers.rule import Argument, Choice, Hyper, Slot
 
 _DEFAULTS = {  # of the common arguments; the others are None
     "track_gradient_norm": False,
@@ -162,14 +161,13 @@ class Optimizer(_keras.OptimizerBridge):
                     self.opened[name] = getattr(self, name) or (float(self.before[name]) if self.waiting else 0.0)
             self.index(variables)
             self._rule, self.slots_in_use = self.rule, tuple(self.slots)
-            self._reads = inspect.signature(self._rule).parameters.keys() & self.declared().keys()
+            self._rule_arguments = inspect.signature(self._rule).parameters.keys() & self.declared().keys()
             for name, dtype in gradients.counted(self).items():
                 self.counts[name] = self.add_scalar(name, 0, dtype)
                 self.named[id(self.counts[name])] = "count", name
-            self._held = tuple(self._hold(v, decayed=i not in excluded) for i, v in enumerate(variables))
+            self._held = tuple(execution.hold(self, v, decayed=i not in excluded) for i, v in enumerate(variables))
             if self.use_ema:
                 self.show_averages([held.average for held in self._held])
-            self._dtypes = tuple(dict.fromkeys(held.dtype for held in self._held))
             if self.exclude_from_decay:
                 kept = groups.portable("exclude_from_decay", self.exclude_from_decay, variables)
                 self.choices["exclude_from_decay"] = kept
@@ -188,25 +186,14 @@ class Optimizer(_keras.OptimizerBridge):
             checks.refuse("variables", "a list without repetitions", [_keras.path_of(v) for v in variables])
         return variables
 
-    def _hold(self, variable, decayed: bool) -> execution.Held:
-        dtype = _keras.dtype_of(variable)
-        wide = backends.wide(dtype)
-
-        def add(name, initializer="zeros"):
-            return self.add_variable_from_reference(variable, name, initializer, wide)
-
-        total = None if self.gradient_accumulation_steps is None else add("gradient_sum")
-        if getattr(variable, "overwrite_with_gradient", False):
-            return execution.Held(wide, sum=total, overwritten=True)
-        slots = tuple(add(slot.name, _keras.constant(slot.initial)) for slot in self.slots_in_use)
-        master = None if wide == dtype else add(MASTER.name, lambda shape, dtype: backends.read(variable, dtype))
-        average = add("average") if self.use_ema else None
-        return execution.Held(wide, slots, master, average, total, decayed)
-
     @property
     def everything(self) -> list:
         """All variables that a step may change."""
         return [*self.trained, *self.variables]
+
+    def rule_arguments(self, numbers: dict) -> dict:
+        """The arguments that the rule reads, those that are numbers as given."""
+        return {name: value for name, value in (self.choices | numbers).items() if name in self._rule_arguments}
 
     def held(self, variable) -> execution.Held:
         """What the optimizer keeps for a variable."""
@@ -230,45 +217,16 @@ class Optimizer(_keras.OptimizerBridge):
                 with keras.name_scope(self.name):
                     gradients.take(self, grads, variables)
 
-    def scalars(self, learning_rate) -> dict[str, execution.Shared]:
-        """What all variables share in this step, for each dtype of the arithmetic."""
-        return {dtype: self._shared(dtype, learning_rate) for dtype in self._dtypes}
-
-    def _shared(self, dtype, learning_rate) -> execution.Shared:
-        rate = backends.read(learning_rate, dtype)
-        numbers = {name: backends.read(variable, dtype) for name, variable in self.hyper_variables.items()}
-        arguments = {name: value for name, value in (self.choices | numbers).items() if name in self._reads}
-        decay = numbers.get("weight_decay")
-        share, overwrite = self._average(dtype) if self.use_ema else (None, None)
-        return execution.Shared(
-            at=At(backends.read(self.iterations, dtype) + 1, rate),
-            arguments=arguments,
-            l2=numbers.get("l2"),
-            decay=None if decay is None else rate * decay,
-            share=share,
-            overwrite=overwrite,
-        )
-
-    def _average(self, dtype):
-        """The newest weight's share in the moving average: all of it at the first update; and whether to overwrite."""
-        done = backends.read(self.iterations, "int32")
-        share = ops.where(done == 0, backends.read(1, dtype), backends.read(1 - self.ema_momentum, dtype))
-        frequency = self.ema_overwrite_frequency
-        return share, None if frequency is None else (done + 1) % frequency == 0
-
     def update_step(self, gradient, variable, learning_rate):
-        """Update one variable. `learning_rate` is a rate, or what `scalars` made of it for the whole step."""
-        shared = learning_rate if isinstance(learning_rate, dict) else self.scalars(learning_rate)
-        index = self.index_of(variable)
-        held, constraint = self._held[index], getattr(self.trained[index], "constraint", None)
+        """Update one variable. `learning_rate` is a rate, or what `execution.scalars` made of it for the whole step."""
+        shared = learning_rate if isinstance(learning_rate, dict) else execution.scalars(self, learning_rate)
+        held, constraint = self.held(variable), getattr(self.trained[self.index_of(variable)], "constraint", None)
         execution.plain(self._rule, gradient, variable, held, shared[held.dtype], constraint, self.assign)
 
     def finalize_variable_values(self, var_list):
         """Raise what `nonfinite="raise"` has left to say; replace the variables by their averages."""
         self.raise_nonfinite()
-        interrupted = isinstance(
-            sys.exc_info()[1], FloatingPointError
-        )  # JAX's `fit` comes here with the error on its way
+        interrupted = isinstance(sys.exc_info()[1], FloatingPointError)  # the same, on its way through JAX's `fit`
         if self.use_ema and self.built and not interrupted:
             known = [v for v in var_list if self.index_of(v) is not None and self.held(v).average is not None]
             averages = [self.held(v).average for v in known]

@@ -1,4 +1,7 @@
-"""How one rule runs over many variables. Today in one way, plainly; a faster way must be proven equal to it."""
+"""How one rule runs over many variables: what is kept for each, what they share, and the update of one.
+
+Today there is one way, the plain one; a faster way must be proven equal to it.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,8 +10,7 @@ from keras import ops
 
 from kopt import _keras, backends
 from kopt.numerics import lerp
-from kopt.optimizers import gradients
-from kopt.optimizers.rule import At
+from kopt.optimizers.rule import MASTER, At
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,53 @@ class Held:
     overwritten: bool = False  # by its gradient, as Keras's float8 scales are
 
 
+def hold(optimizer, variable, decayed: bool) -> Held:
+    """Make what the optimizer keeps for a variable."""
+    dtype = _keras.dtype_of(variable)
+    wide = backends.wide(dtype)
+
+    def add(name, initializer="zeros"):
+        return optimizer.add_variable_from_reference(variable, name, initializer, wide)
+
+    total = None if optimizer.gradient_accumulation_steps is None else add("gradient_sum")
+    if getattr(variable, "overwrite_with_gradient", False):
+        return Held(wide, sum=total, overwritten=True)
+    slots = tuple(add(slot.name, _keras.constant(slot.initial)) for slot in optimizer.slots_in_use)
+    master = None if wide == dtype else add(MASTER.name, lambda shape, dtype: backends.read(variable, dtype))
+    average = add("average") if optimizer.use_ema else None
+    return Held(wide, slots, master, average, total, decayed)
+
+
+def scalars(optimizer, learning_rate) -> dict[str, Shared]:
+    """What all variables share in this step, for each dtype of the arithmetic: nothing is computed for each anew."""
+    dtypes = dict.fromkeys(optimizer.held(variable).dtype for variable in optimizer.trained)
+    return {dtype: _scalars(optimizer, learning_rate, dtype) for dtype in dtypes}
+
+
+def _scalars(optimizer, learning_rate, dtype) -> Shared:
+    rate, done = backends.read(learning_rate, dtype), backends.read(optimizer.iterations, "int32")
+    numbers = {name: backends.read(variable, dtype) for name, variable in optimizer.hyper_variables.items()}
+    share = overwrite = None
+    if optimizer.use_ema:  # the first weight is all of the average
+        share = ops.where(done == 0, backends.read(1, dtype), backends.read(1 - optimizer.ema_momentum, dtype))
+        if optimizer.ema_overwrite_frequency is not None:
+            overwrite = (done + 1) % optimizer.ema_overwrite_frequency == 0
+    return Shared(
+        at=At(ops.cast(done, dtype) + 1, rate),
+        arguments=optimizer.rule_arguments(numbers),
+        l2=numbers.get("l2"),
+        decay=rate * numbers["weight_decay"] if "weight_decay" in numbers else None,
+        share=share,
+        overwrite=overwrite,
+    )
+
+
 def plain(rule, gradient, variable, held: Held, shared: Shared, constraint, assign) -> None:
     """Read one variable's weight and slots, run the rule, write them back."""
     weight = _weight(variable, held)
     gradient = backends.read(gradient, held.dtype)
-    if held.decayed:
-        gradient = gradients.coupled_decay(gradient, weight, shared.l2)
+    if held.decayed and shared.l2 is not None:
+        gradient = gradient + shared.l2 * weight
     slots = [backends.read(slot, held.dtype) for slot in held.slots]
     step, *slots = rule(gradient, weight, *slots, at=shared.at, **shared.arguments)
     if held.decayed and shared.decay is not None:

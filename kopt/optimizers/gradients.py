@@ -20,6 +20,7 @@ import numpy as np
 from keras import ops
 
 from kopt import _keras, backends, checks, numerics
+from kopt.optimizers import execution
 
 CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
@@ -104,7 +105,8 @@ def _accumulate(optimizer, variables, gradients) -> None:
         micro_step.assign(0)
         optimizer.window.clear()
 
-    backends.clear_when(backends.read(micro_step, "int32") == 0, [held.sum for held in map(optimizer.held, variables)])
+    every_sum = [optimizer.held(variable).sum for variable in optimizer.trained]
+    backends.clear_when(backends.read(micro_step, "int32") == 0, every_sum)
     backends.on_every_copy(add, variables, gradients)
     micro_step.assign_add(1)
     is_last = backends.read(micro_step, "int32") >= optimizer.gradient_accumulation_steps
@@ -166,16 +168,16 @@ def complain(optimizer) -> None:
 
 def _complaint(optimizer, variable=None) -> str:
     """What is wrong with the gradient of a variable; by default of the one, and at the update, that is written down."""
-    at = "" if variable is not None else f" at update {_keras.to_numpy(optimizer.counts['nonfinite_step'])}"
-    variable = (
-        optimizer.trained[_keras.to_numpy(optimizer.counts["nonfinite_variable"])] if variable is None else variable
-    )
+    at = ""
+    if variable is None:
+        step, index = (_keras.to_numpy(optimizer.counts[f"nonfinite_{of}"]) for of in ("step", "variable"))
+        at, variable = f" at update {step}", optimizer.trained[index]
     what = "or its square is" if optimizer.squares else "is"
-    return f"The gradient of {_keras.path_of(variable)!r} {what} not finite{at}; the weights are those before it."
+    return f"The gradient of `{_keras.path_of(variable)}` {what} not finite{at}; the weights are those before it."
 
 
 def _update(optimizer, variables, gradients, mean) -> None:
-    shared = optimizer.scalars(optimizer.learning_rate)
+    shared = execution.scalars(optimizer, optimizer.learning_rate)
     norm = None
     if optimizer.global_clipnorm is not None or optimizer.track_gradient_norm:
         held = map(optimizer.held, variables)
@@ -212,8 +214,3 @@ def _scaled_down(gradient, norm, limit):
     norm = ops.cast(norm, limit.dtype)
     factor = ops.where(norm > limit, limit / norm, ops.ones_like(limit))
     return backends.mapped(lambda g: g * factor, gradient)
-
-
-def coupled_decay(gradient, weight, l2):
-    """The gradient of the loss plus `l2 / 2 * sum(weight**2)`; None means no such term."""
-    return gradient if l2 is None else gradient + l2 * weight
