@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest -n $(or $(WORKERS),2)
 OUT ?= out/quickstart
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo test test-all test-tensorflow test-jax test-torch lint format bench clean
+.PHONY: help demo test test-all test-tensorflow test-jax test-torch lint format bench bench-conditions clean
 .DEFAULT_GOAL := help
 
 help:  ## List what make can do
@@ -43,6 +43,9 @@ format: $(VENV)/.dev  ## Mend style
 
 bench: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time an optimizer's step beside Keras's; SMOKE=1 for a quick look
 	$(BIN)/python tests/bench/step.py $(if $(SMOKE),--smoke)
+
+bench-conditions: $(VENV)/.$(or $(filter jax,$(KERAS_BACKEND)),dev)  ## Time the forms of a condition in a compiled step
+	$(BIN)/python tests/bench/conditions.py $(if $(SMOKE),--smoke)
 
 clean:  ## Remove what make has made
 	rm -rf .venv .venv-lowest out build dist .pytest_cache .ruff_cache .hypothesis

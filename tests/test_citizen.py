@@ -7,7 +7,7 @@ from keras import ops
 
 import kopt
 from tests.conftest import BACKEND
-from tests.training import START, STREAM, AtEpoch, X, Y, equal, every_class, network, numpy, run
+from tests.training import START, STREAM, AtEpoch, X, Y, equal, every_class, near, network, numpy, run
 
 
 @every_class
@@ -122,6 +122,16 @@ def test_callbacks_of_keras(tmp_path):
     fit(resumed, c.BackupAndRestore(tmp_path / "backup"))
     assert equal(resumed.variables, whole.variables)
     assert equal(resumed.optimizer.variables, whole.optimizer.variables)
+
+
+def test_averages_swapped_by_keras():
+    model = network(kopt.Adam(0.1, use_ema=True, ema_momentum=0.9))
+    seen = []
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+    look = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(model.get_weights()))
+    model.fit(X, Y, batch_size=8, epochs=2, verbose=0, callbacks=[swap, look])
+    assert np.abs(np.subtract(seen[0][0], seen[1][0])).max() > 0
+    near(model.get_weights(), seen[1], tolerance=1e-5)  # Keras's arithmetic swap rounds
 
 
 def interrupt(model):

@@ -9,8 +9,10 @@ import pytest
 from keras import ops
 
 import kopt
+from tests.catalog import CLASSES, OPTIMIZERS
 from tests.conftest import BACKEND
 from tests.training import (
+    MODES,
     START,
     STREAM,
     X,
@@ -20,6 +22,7 @@ from tests.training import (
     every_mode,
     every_row,
     fit,
+    near,
     network,
     numpy,
     run,
@@ -249,9 +252,13 @@ def test_a_gradient_that_is_missing_at_times_is_in_the_mean_of_its_window(row):
     optimizer = row.make(gradient_accumulation_steps=2)
     optimizer.build(ours)
     optimizer.apply([ops.convert_to_tensor(g) for g in PAIRS[0]], ours)
-    with pytest.warns(UserWarning, match="Gradients do not exist"):
-        optimizer.apply([ops.convert_to_tensor(PAIRS[1][0]), None], ours)
-    train("eager", row.make(), theirs, [[(PAIRS[0][0] + PAIRS[1][0]) / 2, PAIRS[0][1] / 2]])
+    for first, second in ((PAIRS[1][0], None), (PAIRS[2][0], None), (PAIRS[3][0], PAIRS[3][1])):
+        with pytest.warns(UserWarning, match="Gradients do not exist") if second is None else contextlib.nullcontext():
+            optimizer.apply(
+                [ops.convert_to_tensor(first), None if second is None else ops.convert_to_tensor(second)], ours
+            )
+    means = [[(PAIRS[0][0] + PAIRS[1][0]) / 2, PAIRS[0][1] / 2], [(PAIRS[2][0] + PAIRS[3][0]) / 2, PAIRS[3][1] / 2]]
+    train("eager", row.make(), theirs, means)
     for a, b in zip(numpy(ours), numpy(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
@@ -268,6 +275,22 @@ def test_what_overwrites_its_variable(row, mode):
     theirs[1].overwrite_with_gradient = True
     train(mode, optimizer, theirs, PAIRS[:4])
     assert equal(theirs[1:], [np.maximum(np.maximum(PAIRS[2][1], PAIRS[3][1]), 0)])
+
+
+@every_clip
+@pytest.mark.parametrize(
+    "more", [{}, {"gradient_accumulation_steps": 2}, {"nonfinite": "skip", "use_ema": True}], ids=str
+)
+def test_variables_of_different_precision(clip, more):
+    """float64 where the backend has it; Keras cannot mix them on TensorFlow."""
+    dtypes = ["float32", "bfloat16", "float32" if BACKEND == "jax" else "float64"]
+    ours = [keras.Variable(START, dtype=dtype) for dtype in dtypes]
+    theirs = [keras.Variable(START, dtype="float32") for _ in dtypes]
+    stream = [[g, g * 2, g * 3] for g in ops.convert_to_numpy(ops.cast(ops.cast(STREAM, "bfloat16"), "float32"))]
+    train(MODES[-1], kopt.SGD(0.1, **clip, **more), ours, stream)
+    train(MODES[-1], kopt.SGD(0.1, **clip, **more), theirs, stream)
+    for a, b in zip(ours, theirs, strict=True):
+        near([ops.cast(a, "float32")], [b], tolerance=1e-2 if a is ours[1] else 1e-6)
 
 
 @every_class
@@ -328,7 +351,7 @@ def test_a_loss_scale_changes_nothing_and_its_overflow_is_skipped(row, mode):
 def test_in_fit(compiled):
     """Four batches of which the third is bad: skipped, dropped with its window, raised."""
     if BACKEND == "torch" and compiled == {"jit_compile": True}:
-        pytest.skip("needs a C++ compiler that torch finds")
+        pytest.skip("torch.compile needs a C++ compiler and half a minute")
     spoilt_x = X.copy()
     spoilt_x[17] = np.nan
     x = np.concatenate([spoilt_x, X[:8]])
@@ -357,6 +380,27 @@ def test_in_fit(compiled):
     assert equal(model.variables[:4], twin.variables[:4])  # and not replaced by the averages
 
 
+@pytest.mark.parametrize("compiled", [{"jit_compile": False}, {"jit_compile": True}], ids=str)
+def test_raised_when_an_epoch_ends(compiled):
+    """As the README says: for steps that cannot raise."""
+    if BACKEND == "torch":
+        pytest.skip("on torch every step raises at once")
+    x, epochs = X.copy(), []
+    x[1] = np.nan
+    model = network(kopt.SGD(0.1, nonfinite="raise"), **compiled)
+    before = numpy(model.variables)
+    raising = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: epochs.append(epoch),
+        on_epoch_end=lambda epoch, logs: model.optimizer.raise_nonfinite(),
+    )
+    with pytest.raises(Exception, match="The gradient of `.*body/kernel` is not finite"):
+        model.fit(x, Y, batch_size=8, epochs=3, shuffle=False, verbose=0, callbacks=[raising])
+    assert epochs == [0]
+    assert equal(model.variables, before)
+    fit(model)  # and it can go on
+    assert int(model.optimizer.iterations) == 3
+
+
 def test_steps_per_execution():
     if BACKEND == "torch":
         pytest.skip("Keras runs one step at a time on torch")
@@ -374,7 +418,6 @@ def test_steps_per_execution():
 
 INDICES = [1, 0, 1]  # rows that repeat
 ROW_CONDITIONS = [
-    {},
     *CLIPS,
     {"nonfinite": "skip"},
     {"gradient_accumulation_steps": 2},
@@ -383,13 +426,16 @@ ROW_CONDITIONS = [
 ]
 
 
+RUNS = [(row, [{}]) for row in OPTIMIZERS] + [(row, ROW_CONDITIONS) for row in CLASSES]
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has gradients of chosen rows")
-@every_row
+@pytest.mark.parametrize(("row", "conditions"), RUNS, ids=[f"{row}-{len(conditions)}" for row, conditions in RUNS])
 @pytest.mark.parametrize("jit", [None, False, True], ids=["eager", "graph", "xla"])
-def test_rows_that_repeat_equal_a_dense_gradient(row, jit):
+def test_rows_that_repeat_equal_a_dense_gradient(row, conditions, jit):
     import tensorflow as tf
 
-    for more in ROW_CONDITIONS:
+    for more in conditions:
         dense, sparse = keras.Variable(START), keras.Variable(START)
         one, two = row.make(**more), row.make(**more)
         train("eager", one, [dense], [[np.stack([g[1], g[0] + g[0] * 2])] for g in STREAM])

@@ -1,7 +1,7 @@
 """Time the forms that a condition in a compiled step can take, on the backend in KERAS_BACKEND (TensorFlow or JAX).
 
-The condition of `nonfinite="skip"` holds nearly always, that of accumulation over four steps once in four. The forms take
-turns, step by step; read the ratios.
+The condition of `nonfinite="skip"` holds nearly always, that of accumulation over four steps once in four. The forms
+take turns, step by step; read the ratios.
 """
 
 import argparse

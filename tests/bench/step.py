@@ -25,6 +25,8 @@ RULES = {  # rule -> kopt's, Keras's
     "RMSprop": (lambda: kopt.RMSprop(0.01), lambda: keras.optimizers.RMSprop(0.01)),
     "Adam": (lambda: kopt.Adam(0.01), lambda: keras.optimizers.Adam(0.01)),
     "AdamW": (lambda: kopt.AdamW(0.01), lambda: keras.optimizers.AdamW(0.01)),
+    "clipnorm": (lambda: kopt.Adam(clipnorm=1.0), lambda: keras.optimizers.Adam(clipnorm=1.0)),
+    "global_clipnorm": (lambda: kopt.Adam(global_clipnorm=1.0), lambda: keras.optimizers.Adam(global_clipnorm=1.0)),
 }
 SHAPES = {"12 variables, 25 M": [(1448, 1448)] * 12, "80 variables, 0.3 M": [(64, 64)] * 80}
 SMOKE_SHAPES = {"12 variables, 0.8 M": [(256, 256)] * 12}
@@ -89,7 +91,7 @@ def main(argv=None):
                 row["noise"] = abs(times["kopt again"]["ms"] / times["kopt"]["ms"] - 1)
                 results.append(row)
                 arm = {name: f"{time['ms']:8.2f} (first {time['first_ms']:.0f})" for name, time in times.items()}
-                line = f"{shape_name:22} {'XLA' if jit else 'no XLA':6} {rule:9} "
+                line = f"{shape_name:22} {'XLA' if jit else 'no XLA':6} {rule:15} "
                 line += f"kopt {arm['kopt']:22} Keras {arm['Keras']:22} "
                 print(line + f"ratio {row['ratio']:5.2f}, noise {row['noise']:.0%}", flush=True)
     if args.out:
