@@ -87,12 +87,10 @@ def count(least: int) -> Check:
     def check(name: str, value: Any) -> int:
         allowed = f"an integer of {least} or more, below 2**31"
         try:
-            number = operator.index(value)
+            number = -1 if isinstance(value, (bool, np.bool_)) else operator.index(value)
         except (TypeError, AttributeError):
-            refuse(name, allowed, value)
-        if isinstance(value, (bool, np.bool_)) or not least <= number < 2**31:
-            refuse(name, allowed, value)
-        return number
+            number = -1
+        return number if least <= number < 2**31 else refuse(name, allowed, value)
 
     return check
 
