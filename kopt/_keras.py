@@ -55,6 +55,7 @@ class OptimizerBridge(keras.optimizers.Optimizer):
 
     def __init__(self, learning_rate, name=None):
         self.__dict__["named"] = {}  # id of a variable -> its slot and the path of the model's variable
+        self.__dict__["stateless"] = False  # whether `stateless_apply` runs
         super().__init__(learning_rate, name=name)
         if not self.rate_is_computed() and keras.config.floatx() != checks.held_dtype():  # 16 bits would round it
             self._untrack_variable(self._learning_rate)
@@ -116,6 +117,13 @@ class OptimizerBridge(keras.optimizers.Optimizer):
     def home(self):
         """The `tf.distribute` strategy in whose scope the optimizer was made; None on other backends."""
         return getattr(self, "_distribution_strategy", None)
+
+    def stateless_apply(self, optimizer_variables, grads, trainable_variables):
+        self.__dict__["stateless"] = True
+        try:
+            return super().stateless_apply(optimizer_variables, grads, trainable_variables)
+        finally:
+            self.__dict__["stateless"] = False
 
     def show_averages(self, averages):
         """Let Keras's `SwapEMAWeights` find the moving averages."""

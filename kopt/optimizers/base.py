@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-import sys
 from typing import TypedDict
 
 import keras
@@ -62,8 +61,8 @@ class Optimizer(_keras.OptimizerBridge):
             the rule squares it. "apply": update with it. "skip": leave weights, state, average and `iterations` as
             they were, and count it in `skipped_steps`. "raise": the same, and a FloatingPointError says at which
             update and in which variable: at once where nothing is compiled, as TensorFlow's InvalidArgumentError in
-            a TensorFlow graph; under XLA and on JAX no step is done any more and `fit` raises when it ends, or
-            `raise_nonfinite()` when you call it, for instance at the end of an epoch.
+            a TensorFlow graph; under XLA and in JAX's `fit` no step is done any more and `fit` raises when it ends,
+            or `raise_nonfinite()` when you call it, for instance at the end of an epoch.
         use_ema: Keep an exponential moving average of the weights, which replaces them when `fit` ends.
         ema_momentum: Weight of the past in that average.
         ema_overwrite_frequency: Also replace the weights by their average every so many steps.
@@ -226,8 +225,7 @@ class Optimizer(_keras.OptimizerBridge):
     def finalize_variable_values(self, var_list):
         """Raise what `nonfinite="raise"` has left to say; replace the variables by their averages."""
         self.raise_nonfinite()
-        interrupted = isinstance(sys.exc_info()[1], FloatingPointError)  # the same, on its way through JAX's `fit`
-        if self.use_ema and self.built and not interrupted:
+        if self.use_ema and self.built:
             known = [v for v in var_list if self.index_of(v) is not None and self.held(v).average is not None]
             averages = [self.held(v).average for v in known]
             backends.on_every_copy(lambda v, average: self.assign(v, backends.read(average, v.dtype)), known, averages)

@@ -137,7 +137,8 @@ def _judge(optimizer, variables, gradients, mean) -> None:
 def _recorded(optimizer, variables, fine):
     """Whether the step may go on; what is bad is written down, and raised where that can be done at once.
 
-    Where it cannot, under XLA and on JAX, no step goes on any more until `complain` has raised it.
+    Where it cannot, because the step is compiled or because it would lose what it has to return, no step goes on any
+    more until `complain` has raised it.
     """
     counts = optimizer.counts
     waiting = ops.cast(backends.read(counts["nonfinite_waiting"], "int32"), "bool")
@@ -149,7 +150,7 @@ def _recorded(optimizer, variables, fine):
     for name, value in (("nonfinite_step", step), ("nonfinite_variable", first)):
         counts[name].assign(ops.where(bad, value, backends.read(counts[name], "int32")))
     counts["skipped_steps"].assign_add(ops.cast(bad, "int32"))
-    if not backends.is_symbolic(bad):
+    if not optimizer.stateless and not backends.is_symbolic(bad):
         if bad:
             raise FloatingPointError(_complaint(optimizer))
         return all_fine
