@@ -32,9 +32,14 @@ def number(variable, known: float) -> float:
         return known
 
 
+def is_away(variable) -> bool:
+    """Whether a variable's value is in the hands of JAX, which holds the values itself between two steps of `fit`."""
+    return getattr(variable, "_value", 0) is None
+
+
 def assign(name, variable, value) -> None:
-    """Assign to a variable, unless JAX would lose it: between two steps of `fit` it holds the values itself."""
-    if getattr(variable, "_value", value) is None:
+    """Assign to a variable, unless JAX would lose it."""
+    if is_away(variable):
         raise ValueError(
             f"`{name}` must be assigned through `self.model.optimizer`, which fetches the state from the running step, "
             f"not through a reference from before. Received: {name}={value!r}"
@@ -125,9 +130,10 @@ class OptimizerBridge(keras.optimizers.Optimizer):
         finally:
             self.__dict__["stateless"] = False
 
-    def show_averages(self, averages):
-        """Let Keras's `SwapEMAWeights` find the moving averages."""
-        self.__dict__["_model_variables_moving_average"] = averages
+    def show_averages(self, variables, averages):
+        """Let Keras's `SwapEMAWeights` find the moving averages, if it can swap them: it cannot between two dtypes."""
+        if all(a is None or dtype_of(v) == dtype_of(a) for v, a in zip(variables, averages, strict=True)):
+            self.__dict__["_model_variables_moving_average"] = averages
 
     def rate_source(self):
         """The schedule, the callable, or the variable that the learning rate comes from."""

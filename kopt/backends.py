@@ -28,6 +28,11 @@ def read(x, dtype):
     return ops.convert_to_tensor(x, dtype)
 
 
+def copied(variable):
+    """The value of a variable in memory of its own: JAX must not be given one array for two variables."""
+    return ops.copy(read(variable, variable.dtype))
+
+
 def eagerly():
     """A context that leaves the TensorFlow function being traced, so that variables hold their values at once."""
     return tf.init_scope() if BACKEND == "tensorflow" else contextlib.nullcontext()
@@ -85,14 +90,15 @@ def clear_when(condition, variables) -> None:
         when(condition, lambda: on_every_copy(clear, variables, variables), variables)
 
 
-def demanded(conditions, complaints):
-    """A context for what is done only if all conditions hold, once a TensorFlow step has raised otherwise.
+def demanded(conditions, complaints, after):
+    """A context for what is done only if all conditions hold: a TensorFlow graph raises otherwise, after `after`.
 
-    JAX and XLA raise nothing: there all of it is done.
+    XLA and JAX raise nothing: there it is done always.
     """
     if BACKEND != "tensorflow":
         return contextlib.nullcontext()
-    asserts = [tf.debugging.Assert(c, [m]) for c, m in zip(tf.unstack(conditions), complaints, strict=True)]
+    with tf.control_dependencies(after):
+        asserts = [tf.debugging.Assert(c, [m]) for c, m in zip(tf.unstack(conditions), complaints, strict=True)]
     return tf.control_dependencies(asserts)
 
 
@@ -117,22 +123,29 @@ def check_strategy(home=None) -> None:
         checks.refuse("strategy", "the one in whose scope the optimizer was made", type(current).__name__)
 
 
+def _replica_context():
+    return tf.distribute.get_replica_context() if strategy() else None
+
+
 def replicas() -> int:
-    current = strategy()
-    return 1 if current is None else current.num_replicas_in_sync
+    """How many replicas `summed_over_replicas` sums over, here and now."""
+    context = _replica_context()
+    return 1 if context is None else context.num_replicas_in_sync
 
 
-def summed_over_replicas(gradients, then) -> None:
-    """Call `then` with the gradients summed over the replicas: one all-reduce, and one call for all replicas.
+def summed_over_replicas(gradients, then, distinct) -> None:
+    """Call `then` once for all replicas, with the gradients summed over them, and if `distinct` the rows of each.
 
     The replicas are merged before any condition is met: within one, `tf.distribute` cannot merge them any more.
     """
-    context = tf.distribute.get_replica_context() if strategy() else None
+    context = _replica_context()
+    if replicas() > 1:
+        gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
+    if distinct:
+        gradients = [distinct_rows(gradient) for gradient in gradients]
     if context is None:
         then(gradients)
         return
-    if context.num_replicas_in_sync > 1:
-        gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
     merge = tf.__internal__.distribute.interim.maybe_merge_call
     merge(lambda _, gradients: then(gradients), context.strategy, gradients)
 
@@ -180,36 +193,40 @@ def distinct_rows(gradient):
         return gradient
     order = tf.argsort(gradient.indices)
     indices = tf.gather(gradient.indices, order)
-    is_new = tf.concat([indices[:1] == indices[:1], indices[1:] != indices[:-1]], 0)
+    is_new = tf.concat([tf.ones_like(indices[:1], "bool"), indices[1:] != indices[:-1]], 0)
     place, n = tf.cumsum(tf.cast(is_new, "int32")) - 1, tf.shape(indices)[0]
     values = tf.math.unsorted_segment_sum(tf.gather(gradient.values, order), place, n)
     indices = tf.maximum(tf.math.unsorted_segment_max(indices, place, n), 0)
     return tf.IndexedSlices(values, indices, gradient.dense_shape)
 
 
-def shape_and_dtype(gradient) -> tuple[tuple, str]:
+def shape_and_dtype(gradient) -> tuple[tuple | None, str]:
     """The shape, with None where it is not known yet, and the dtype."""
-    if has_rows(gradient):
-        return (None, *gradient.values.shape[1:]), keras.backend.standardize_dtype(gradient.dtype)
-    if not hasattr(gradient, "dtype"):
+    if not has_rows(gradient) and not hasattr(gradient, "dtype"):
         gradient = ops.convert_to_tensor(gradient)
-    return tuple(gradient.shape), keras.backend.standardize_dtype(gradient.dtype)
+    shape = gradient.values.shape if has_rows(gradient) else gradient.shape
+    shape = None if getattr(shape, "rank", 0) is None else tuple(shape)
+    shape = (None, *shape[1:]) if has_rows(gradient) and shape else shape
+    return shape, keras.backend.standardize_dtype(gradient.dtype)
 
 
 def may_equal(shape, other) -> bool:
-    """Whether two shapes are the same, as far as they are known."""
-    return len(shape) == len(other) and all(a in (None, b) for a, b in zip(shape, other, strict=True))
+    """Whether two shapes are the same, as far as the first is known."""
+    return shape is None or (
+        len(shape) == len(other) and all(a in (None, b) for a, b in zip(shape, other, strict=True))
+    )
 
 
 def cast(gradient, variable, dtype):
-    """The gradient of a variable in another dtype; one of rows says from then on how many there are in all."""
+    """The gradient of a variable in another dtype; from then on its shape is known."""
+    shape = tuple(variable.shape)
     if has_rows(gradient):
-        return tf.IndexedSlices(
-            tf.cast(gradient.values, dtype), gradient.indices, tf.constant(tuple(variable.shape), "int64")
-        )
-    return ops.cast(gradient, dtype)
+        values = tf.ensure_shape(tf.cast(gradient.values, dtype), (None, *shape[1:]))
+        return tf.IndexedSlices(values, gradient.indices, tf.constant(shape, "int64"))
+    gradient = ops.cast(gradient, dtype)
+    return tf.ensure_shape(gradient, shape) if is_symbolic(gradient) and BACKEND == "tensorflow" else gradient
 
 
 def entries(gradient):
-    """A tensor of all entries of a gradient that may differ from zero."""
-    return distinct_rows(gradient).values if has_rows(gradient) else gradient
+    """A tensor of all entries of a gradient that may differ from zero; of rows, if they are distinct."""
+    return gradient.values if has_rows(gradient) else gradient

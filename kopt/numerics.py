@@ -32,15 +32,34 @@ def bias_correction(beta, t):
 
 
 def norm(arrays):
-    """The Euclidean norm of all entries of some arrays together, also where their squares overflow."""
+    """The Euclidean norm of all entries of some arrays, as two factors, so that it neither overflows nor vanishes.
+
+    The second factor is 1, or the largest entry where the squares of the entries do not fit the dtype.
+    """
     dtype = "float64" if any("float64" in str(a.dtype) for a in arrays) else "float32"
+    arrays = [ops.cast(a, dtype) for a in arrays if math.prod(a.shape)]
+    if not arrays:
+        return ops.zeros((), dtype), ops.ones((), dtype)
 
-    def root(scale):
-        squares = [ops.sum(ops.square(a if scale == 1 else a * scale)) for a in arrays]
-        return ops.sqrt(sum((ops.cast(square, dtype) for square in squares), ops.zeros((), dtype))) / scale
+    def root(scaled):
+        return ops.sqrt(sum(ops.sum(ops.square(a)) for a in scaled))
 
-    direct = root(1)
-    return ops.cond(ops.isfinite(direct), lambda: direct, lambda: root(2.0**-64))
+    direct = root(arrays)
+    fits = ops.isfinite(direct) & (direct > math.sqrt(np.finfo(dtype).tiny) * 1e3)
+
+    def largest():
+        found = ops.max(ops.stack([ops.max(ops.abs(a)) for a in arrays]))
+        return ops.where(found >= float(np.finfo(dtype).tiny), found, ops.ones_like(found))
+
+    unit = ops.cond(fits, lambda: ops.ones((), dtype), largest)
+    return ops.cond(fits, lambda: direct, lambda: root([a / unit for a in arrays])), unit
+
+
+def shrinking(norm, limit):
+    """The factor that brings a norm, in its two factors, down to `limit`; NaN where it is NaN."""
+    value, unit = (ops.cast(x, limit.dtype) for x in norm)
+    limit = limit / unit
+    return ops.where(value <= limit, ops.ones_like(limit), limit / value)
 
 
 def exponentially_weighted_average(values, beta=None, *, window=None, bias_correction=True):

@@ -251,4 +251,9 @@ KINDS = {
     kopt.At: {"t": "made by the step", "learning_rate": "made by the step"},
     kopt.Optimizer: {},  # has no constructor of its own
 }
-NEEDED = {"nesterov": {"momentum": 0.9}, "exclude_from_decay": {"l2": 0.1}, "name": {"doc": "a slot"}}
+NEEDED = {
+    "nesterov": {"momentum": 0.9},
+    "exclude_from_decay": {"l2": 0.1},
+    "ema_overwrite_frequency": {"use_ema": True},
+    "name": {"doc": "a slot"},
+}

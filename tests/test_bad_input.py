@@ -15,7 +15,6 @@ import kopt
 from tests.catalog import KINDS, NEEDED
 
 PUBLIC = {value for name, value in vars(kopt).items() if not name.startswith("_") and callable(value)}
-ENOUGH = 2000
 
 
 def values():
@@ -172,6 +171,7 @@ def test_arguments_are_taken_or_refused_as_declared(target, kinds, variables_mad
             if made and hasattr(made[0], "get_config") and not callable(value):
                 json.dumps(made[0].get_config())
             cases += 1
+    assert cases == len(kinds) * len(list(values())) > 150
     record_property("cases", cases)
 
 
@@ -215,10 +215,6 @@ def test_assignments_are_taken_or_refused_as_declared(target, kinds, built, vari
                 config = optimizer.get_config()
             cases += 1
     record_property("cases", cases)
-
-
-def test_there_are_enough_cases():
-    assert sum(len(kinds) for _, kinds in CASES) * len(list(values())) >= ENOUGH
 
 
 @pytest.mark.parametrize("target", [target for target, _ in ASSIGNED], ids=lambda target: target.__name__)

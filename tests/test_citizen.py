@@ -134,6 +134,24 @@ def test_averages_swapped_by_keras():
     near(model.get_weights(), seen[1], tolerance=1e-5)  # Keras's arithmetic swap rounds
 
 
+def test_averages_in_another_precision_cannot_be_swapped_by_keras():
+    keras.config.set_dtype_policy("bfloat16")
+    try:
+        model = network(kopt.Adam(0.1, use_ema=True))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    with pytest.raises(ValueError, match="SwapEMAWeights"):
+        model.fit(X, Y, verbose=0, callbacks=[keras.callbacks.SwapEMAWeights(swap_on_epoch=True)])
+    model.fit(X, Y, verbose=0)
+
+
+def test_averages_when_fit_is_called_again():
+    model = network(kopt.Adam(0.1, use_ema=True))
+    for _ in range(2):
+        model.fit(X, Y, batch_size=8, verbose=0)
+    assert np.isfinite(np.concatenate([w.ravel() for w in model.get_weights()])).all()
+
+
 def interrupt(model):
     raise KeyboardInterrupt
 

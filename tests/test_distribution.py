@@ -226,6 +226,22 @@ def test_in_the_scope_of_a_strategy_but_out_of_a_replica(row):
 
 
 @TENSORFLOW
+def test_what_overwrites_its_variable_is_the_mean_of_the_replicas():
+    import tensorflow as tf
+
+    strategy = mirrored()
+    with strategy.scope():
+        w = keras.Variable(START)
+        w.overwrite_with_gradient = True
+        optimizer = kopt.SGD()
+        optimizer.build([w])
+        optimizer.apply([ops.ones((2, 3)) * 4], [w])  # out of a replica there is one only
+        assert equal([w], [np.full((2, 3), 4.0)])
+    tf.function(strategy.run)(lambda g: optimizer.apply([g], [w]), args=(distributed(strategy, START),))
+    near([w], [START / 2])
+
+
+@TENSORFLOW
 @every_class
 def test_strategies_that_are_refused(row):
     import tensorflow as tf

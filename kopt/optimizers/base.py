@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from collections.abc import Iterable
 from typing import TypedDict
 
 import keras
@@ -105,7 +106,7 @@ class Optimizer(_keras.OptimizerBridge):
         # Plain dictionaries, set past Keras's tracking: `add_scalar` tracks the variables.
         self.__dict__.update(ready=False, choices={}, hyper_variables={}, known={}, opened={})
         self.__dict__.update(waiting={}, before={}, loaded={})  # `state.load` says what they hold
-        self.__dict__.update(counts={}, window=set())  # scalars of the step; variables met since the last update
+        self.__dict__.update(readings={})  # the variables of `gradients.readings`
         super().__init__(learning_rate, name=name)
         self.known["learning_rate"] = learning_rate
         for argument, value in arguments.items():
@@ -131,6 +132,9 @@ class Optimizer(_keras.OptimizerBridge):
         """Refuse arguments that are right one by one but not together."""
         if arguments["exclude_from_decay"] and arguments["weight_decay"] is None and arguments["l2"] is None:
             checks.refuse("exclude_from_decay", "None without `weight_decay` or `l2`", arguments["exclude_from_decay"])
+        if arguments["ema_overwrite_frequency"] is not None and not arguments["use_ema"]:
+            allowed = "None without `use_ema=True`"
+            checks.refuse("ema_overwrite_frequency", allowed, arguments["ema_overwrite_frequency"])
         clips = [name for name in gradients.CLIPS if arguments[name] is not None]
         if len(clips) > 1:
             checks.refuse(clips[1], f"None beside `{clips[0]}`", arguments[clips[1]])
@@ -161,12 +165,12 @@ class Optimizer(_keras.OptimizerBridge):
             self.index(variables)
             self._rule, self.slots_in_use = self.rule, tuple(self.slots)
             self._rule_arguments = inspect.signature(self._rule).parameters.keys() & self.declared().keys()
-            for name, dtype in gradients.counted(self).items():
-                self.counts[name] = self.add_scalar(name, 0, dtype)
-                self.named[id(self.counts[name])] = "count", name
+            for name, (shape, dtype) in gradients.readings(self).items():
+                self.readings[name] = self.add_variable(shape, dtype=dtype, aggregation="only_first_replica", name=name)
+                self.named[id(self.readings[name])] = "reading", name
             self._held = tuple(execution.hold(self, v, decayed=i not in excluded) for i, v in enumerate(variables))
             if self.use_ema:
-                self.show_averages([held.average for held in self._held])
+                self.show_averages(variables, [held.average for held in self._held])
             if self.exclude_from_decay:
                 kept = groups.portable("exclude_from_decay", self.exclude_from_decay, variables)
                 self.choices["exclude_from_decay"] = kept
@@ -206,15 +210,32 @@ class Optimizer(_keras.OptimizerBridge):
             trainable_variables: The variables; by default all that the optimizer was built with. The first call
                 builds the optimizer, if nothing has before.
         """
+        for name, given in {"grads": grads, "trainable_variables": trainable_variables}.items():
+            left_out = name == "trainable_variables" and given is None
+            if not left_out and (not isinstance(given, Iterable) or hasattr(given, "shape")):
+                checks.refuse(name, "a list", given)
         grads = list(grads)
         if trainable_variables is None and not self.built:
             checks.refuse("trainable_variables", "given at the first step, if `build` was not called", None)
         variables = self.trained if trainable_variables is None else list(trainable_variables)
+        if not grads and not variables:
+            return
+        gradients.check(grads, variables if self.built else self._checked(variables))
         with backends.unrecorded():
             self.build(variables)
-            if grads:
-                with keras.name_scope(self.name):
-                    gradients.take(self, grads, variables)
+            self._check_known(variables)
+            with keras.name_scope(self.name):
+                gradients.take(self, grads, variables)
+
+    def _check_known(self, variables) -> None:
+        backends.check_strategy(self.home)
+        unknown = [_keras.path_of(variable) for variable in variables if self.index_of(variable) is None]
+        if unknown:
+            known = [_keras.path_of(variable) for variable in self.trained[:3]]
+            allowed = f"among the {len(self.trained)} that the optimizer was built with ({', '.join(known)}, ...)"
+            if not known:
+                allowed = "known, but the optimizer was built with none: build the model first"
+            checks.refuse("trainable_variables", allowed, unknown)
 
     def update_step(self, gradient, variable, learning_rate):
         """Update one variable. `learning_rate` is a rate, or what `execution.scalars` made of it for the whole step."""
@@ -224,33 +245,39 @@ class Optimizer(_keras.OptimizerBridge):
 
     def finalize_variable_values(self, var_list):
         """Raise what `nonfinite="raise"` has left to say; replace the variables by their averages."""
+        if not self.built or _keras.is_away(self.iterations):  # not to hide an error on its way through JAX's `fit`
+            return
         self.raise_nonfinite()
-        if self.use_ema and self.built:
+        if self.use_ema and _keras.to_numpy(self.iterations):
             known = [v for v in var_list if self.index_of(v) is not None and self.held(v).average is not None]
             averages = [self.held(v).average for v in known]
-            backends.on_every_copy(lambda v, average: self.assign(v, backends.read(average, v.dtype)), known, averages)
+            backends.on_every_copy(lambda v, average: self.assign(v, backends.copied(average)), known, averages)
 
     @property
     def skipped_steps(self):
         """How many updates were left out because of `nonfinite`."""
-        return self._count("skipped_steps", 'nonfinite="skip"')
+        return self._reading("skipped_steps", 'nonfinite="skip"` or `nonfinite="raise"')
 
     @property
     def gradient_norm(self):
         """The norm of all gradients together, before clipping, at the last update."""
-        return self._count("gradient_norm", "track_gradient_norm=True")
+        return self._reading("gradient_norm", "track_gradient_norm=True")
 
-    def _count(self, name, asked_by):
-        if name not in gradients.counted(self):
+    def _reading(self, name, asked_by):
+        if name not in gradients.readings(self):
             raise AttributeError(f"`{name}` is kept only with `{asked_by}`")
-        return self.counts[name] if self.built else 0
+        return self.readings[name] if self.built else 0
 
     def raise_nonfinite(self):
         """Raise the FloatingPointError that `nonfinite="raise"` could not raise in a compiled step, if there is one.
 
-        Training can go on after it, with the weights as they were before the bad gradient.
+        Training can go on after it, with the weights as they were before the bad gradient. In a JAX loop of your own,
+        assign to `optimizer.variables` before what `stateless_apply` returned.
         """
-        gradients.complain(self)
+        if _keras.is_away(self.iterations):
+            allowed = "called through `self.model.optimizer`, which fetches the state from the running step"
+            checks.refuse("raise_nonfinite", allowed, self.name)
+        gradients.raise_waiting(self)
 
     # Arguments and state
 
@@ -296,6 +323,8 @@ class Optimizer(_keras.OptimizerBridge):
 
     def load_own_variables(self, store):
         state.load(self, store)
+        if "nonfinite_waiting" in self.readings:  # what was wrong then is over
+            self.readings["nonfinite_waiting"].assign(0)
 
     def set_weights(self, weights):
         if len(weights) != len(self.variables):

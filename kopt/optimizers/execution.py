@@ -92,17 +92,27 @@ def plain(rule, gradient, variable, held: Held, shared: Shared, constraint, assi
     weight = weight - step
     if constraint is not None:
         weight = constraint(weight)
-    if held.average is not None:
-        average = lerp(backends.read(held.average, held.dtype), weight, shared.share)
-        assign(held.average, average)
-        if shared.overwrite is not None:
-            weight = ops.where(shared.overwrite, average, weight)
 
     for slot, value in zip(held.slots, slots, strict=True):
         assign(slot, value)
     if held.master is not None:
         assign(held.master, weight)
     assign(variable, weight)
+
+
+def average(optimizer, shared, variable, _) -> None:
+    """Move one variable's average towards the weight, and where it is time the weight to the average."""
+    held = optimizer.held(variable)
+    if held.average is None:
+        return
+    shared, weight = shared[held.dtype], _weight(variable, held)
+    average = lerp(backends.read(held.average, held.dtype), weight, shared.share)
+    optimizer.assign(held.average, average)
+    if shared.overwrite is not None:
+        weight = ops.where(shared.overwrite, average, weight)
+        if held.master is not None:
+            optimizer.assign(held.master, weight)
+        optimizer.assign(variable, weight)
 
 
 def _weight(variable, held: Held):

@@ -1,16 +1,17 @@
-"""What happens to a gradient on its way to a rule, and to the weights after it, in this order:
+"""What happens to a gradient on its way to a rule, in this order:
 
 1. match        a gradient for each variable, of its shape; what does not fit is refused, what is missing left out
 2. unscale      in float32 or wider, divide by `loss_scale_factor`
-3. reduce       sum over the replicas of a strategy: one all-reduce a step
+3. reduce       sum over the replicas of a strategy, in one call
 4. accumulate   add to the sum of the window; only the last of `gradient_accumulation_steps` goes on, with the mean
 5. judge        `nonfinite`: a gradient that the rule cannot take ends the step here
 6. clip         `clipnorm`, `clipvalue` or `global_clipnorm`
-7. decay        add the coupled `l2` term
-8. update       the rule, decoupled `weight_decay`, constraint, moving average: `execution.py`, variable by variable
+7. update       in `execution.plain`, variable by variable: add `l2`, the rule, `weight_decay`, constraint, write
+8. average      in `execution.average`, all variables, with a gradient or without: `use_ema`
 9. count        one more applied update: `iterations`
 
-From 4 on all runs once for all replicas of a strategy, because no condition can stand within a replica.
+The conditions of 4 and 5 are met once for all replicas, because no condition can stand within a replica; what is
+written from 4 on is written on every replica's copy.
 """
 
 import warnings
@@ -25,50 +26,50 @@ from kopt.optimizers import execution
 CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
-def counted(optimizer) -> dict[str, str]:
-    """The scalars that the way needs, and their dtypes."""
-    counts = {}
+def readings(optimizer) -> dict[str, tuple]:
+    """The variables that the way itself needs: name -> shape and dtype."""
+    needed = {}
     if optimizer.gradient_accumulation_steps is not None:
-        counts["micro_step"] = "int32"
+        needed |= {"micro_step": ((), "int32"), "met": ((len(optimizer.trained),), "int32")}
     if optimizer.nonfinite != "apply":
-        counts["skipped_steps"] = "int32"
+        needed["skipped_steps"] = (), "int32"
     if optimizer.nonfinite == "raise":
-        counts |= {"nonfinite_step": "int32", "nonfinite_variable": "int32", "nonfinite_waiting": "int32"}
+        needed |= dict.fromkeys(("nonfinite_step", "nonfinite_variable", "nonfinite_waiting"), ((), "int32"))
     if optimizer.track_gradient_norm:
-        counts["gradient_norm"] = checks.held_dtype()
-    return counts
+        needed["gradient_norm"] = (), checks.held_dtype()
+    return needed
 
 
-def take(optimizer, gradients, variables) -> None:
-    """Take the gradients of one step to the rule."""
-    backends.check_strategy(optimizer.home)
-    gradients, variables = _matched(optimizer, gradients, variables)
-    gradients = [_unscaled(optimizer, g, v) for g, v in zip(gradients, variables, strict=True)]
-    backends.summed_over_replicas(gradients, partial(_accumulate, optimizer, variables))
-
-
-def _matched(optimizer, gradients, variables) -> tuple[list, list]:
+def check(gradients, variables) -> None:
+    """Refuse gradients that do not fit their variables."""
+    if len({id(variable) for variable in variables}) < len(variables):
+        checks.refuse("trainable_variables", "a list without repetitions", [_keras.path_of(v) for v in variables])
     if len(gradients) != len(variables):
-        checks.refuse("grads", f"as many as the variables, {len(variables)}", f"a list of {len(gradients)}")
+        allowed = f"one for each of the {len(variables)} variables, None where there is none"
+        checks.refuse("grads", allowed, f"a list of {len(gradients)}")
     for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
-        path = _keras.path_of(variable)
-        if optimizer.index_of(variable) is None:
-            known = f"among the {len(optimizer.trained)} that the optimizer was built with"
-            hint = "other variables need another optimizer, and a model must be built before its optimizer"
-            checks.refuse("trainable_variables", f"{known}: {hint}", path)
         if gradient is not None:
             shape, dtype = backends.shape_and_dtype(gradient)
             if "float" not in dtype or not backends.may_equal(shape, variable.shape):
-                allowed = f"of floats and of shape {tuple(variable.shape)}, like {path!r}"
+                allowed = f"of floats and of shape {tuple(variable.shape)}, like {_keras.path_of(variable)!r}"
                 checks.refuse(f"grads[{i}]", allowed, f"{dtype} of shape {shape}")
-    missing = [_keras.path_of(v) for g, v in zip(gradients, variables, strict=True) if g is None]
-    if len(missing) == len(variables):
-        checks.refuse("grads", "a gradient for one variable at least; does the loss depend on any?", gradients)
+    if all(gradient is None for gradient in gradients):
+        checks.refuse("grads", "a gradient for one variable at least (does the loss depend on them?)", gradients)
+
+
+def take(optimizer, gradients, variables) -> None:
+    """Take the gradients of one step, which fit, to the rule."""
+    pairs = list(zip(gradients, variables, strict=True))
+    missing = [variable for gradient, variable in pairs if gradient is None]
     if missing:
-        text = f"Gradients do not exist for variables {missing} when minimizing the loss; they are left as they are."
-        warnings.warn(text, stacklevel=4)
-    pairs = [(g, v) for g, v in zip(gradients, variables, strict=True) if g is not None]
-    return [g for g, _ in pairs], [v for _, v in pairs]
+        names = [_keras.path_of(variable) for variable in missing]
+        text = f"Gradients do not exist for variables {names} when minimizing the loss; they are left as they are."
+        warnings.warn(text, stacklevel=3)
+    pairs = [(gradient, variable) for gradient, variable in pairs if gradient is not None]
+    gradients, variables = [_unscaled(optimizer, g, v) for g, v in pairs], [v for _, v in pairs]
+    looked_at = optimizer.nonfinite != "apply" or optimizer.track_gradient_norm or _limits(optimizer)
+    distinct = looked_at and optimizer.gradient_accumulation_steps is None  # a sum has no rows
+    backends.summed_over_replicas(gradients, partial(_accumulate, optimizer, variables, missing), distinct)
 
 
 def _unscaled(optimizer, gradient, variable):
@@ -79,91 +80,99 @@ def _unscaled(optimizer, gradient, variable):
     return gradient if scale in (None, 1) else backends.mapped(lambda g: g / scale, gradient)
 
 
-def _accumulate(optimizer, variables, gradients) -> None:
+def _accumulate(optimizer, variables, missing, gradients) -> None:
     if optimizer.gradient_accumulation_steps is None:
-        _judge(optimizer, variables, gradients, mean=lambda gradient, held: gradient)
+        _judge(optimizer, variables, gradients)
         return
 
-    micro_step = optimizer.counts["micro_step"]
-    optimizer.window.update(map(optimizer.index_of, variables))
-    chosen = [optimizer.trained[i] for i in sorted(optimizer.window)]  # a variable may miss some gradients of a window
-    sums = [optimizer.held(variable).sum for variable in chosen]
-
-    def mean(total, held):
-        total = backends.read(total, held.dtype)
-        return total if held.overwritten else total / backends.read(micro_step, held.dtype)
-
-    def add(variable, gradient):
-        held = optimizer.held(variable)
-        if held.overwritten:
-            optimizer.assign(held.sum, ops.maximum(backends.read(held.sum, held.dtype), gradient))
-        else:
-            optimizer.assign_add(held.sum, gradient)
+    micro_step, met = optimizer.readings["micro_step"], optimizer.readings["met"]
+    given = np.zeros(met.shape, "int32")
+    given[[optimizer.index_of(variable) for variable in variables]] = 1
+    backends.clear_when(_int(micro_step) == 0, [met, *(optimizer.held(v).sum for v in optimizer.trained)])
+    backends.on_every_copy(partial(_add, optimizer), variables, gradients)
+    met.assign(ops.maximum(_int(met), given))
+    micro_step.assign_add(1)
 
     def close():
-        _judge(optimizer, chosen, sums, mean)
+        count = backends.read(micro_step, "float32")  # the steps there were: a state may come from another window
         micro_step.assign(0)
-        optimizer.window.clear()
+        chosen = [*variables, *missing]
+        _judge(optimizer, chosen, [optimizer.held(v).sum for v in chosen], count, doubtful=missing)
 
-    every_sum = [optimizer.held(variable).sum for variable in optimizer.trained]
-    backends.clear_when(backends.read(micro_step, "int32") == 0, every_sum)
-    backends.on_every_copy(add, variables, gradients)
-    micro_step.assign_add(1)
-    is_last = backends.read(micro_step, "int32") >= optimizer.gradient_accumulation_steps
+    is_last = _int(micro_step) >= optimizer.gradient_accumulation_steps
     backends.when(is_last, close, optimizer.everything)
 
 
-def _judge(optimizer, variables, gradients, mean) -> None:
-    update = partial(_update, optimizer, variables, gradients, mean)
+def _add(optimizer, variable, gradient) -> None:
+    held = optimizer.held(variable)
+    if held.overwritten:
+        optimizer.assign(held.sum, numerics.larger(backends.read(held.sum, held.dtype), gradient))
+    else:
+        optimizer.assign_add(held.sum, gradient)
+
+
+def _mean(held, total, count):
+    """The mean of a window from its sum; without accumulation, what came."""
+    if count is None:
+        return total
+    total = backends.read(total, held.dtype)
+    return total if held.overwritten else total / ops.cast(count, held.dtype)
+
+
+def _judge(optimizer, variables, gradients, count=None, doubtful=()) -> None:
+    update = partial(_update, optimizer, variables, gradients, count, doubtful)
     if optimizer.nonfinite == "apply":
         update()
         return
-    fine = []
+    verdicts = []
     for variable, gradient in zip(variables, gradients, strict=True):
         held = optimizer.held(variable)
         largest = np.finfo(held.dtype).max
-        largest = np.sqrt(largest, dtype=held.dtype) if optimizer.squares else largest
-        gradient = backends.entries(mean(backends.first_copy(gradient), held))
-        fine.append(ops.all(ops.abs(gradient) <= float(largest)))  # NaN is not
-    fine = ops.stack(fine)
+        if optimizer.squares and not held.overwritten:
+            largest = np.sqrt(largest, dtype=held.dtype)
+        gradient = backends.entries(_mean(held, backends.first_copy(gradient), count))
+        verdicts.append(ops.all(ops.abs(gradient) <= float(largest)))  # NaN is not
+    verdicts = ops.stack(verdicts)
     if optimizer.nonfinite == "skip":
-        all_fine = ops.all(fine)
-        optimizer.counts["skipped_steps"].assign_add(ops.cast(~all_fine, "int32"))
+        goes_on = ops.all(verdicts)
+        optimizer.readings["skipped_steps"].assign_add(ops.cast(~goes_on, "int32"))
     else:
-        all_fine = _recorded(optimizer, variables, fine)
-    backends.when(all_fine, update, optimizer.everything)
+        goes_on = _goes_on_or_raises(optimizer, variables, verdicts)
+    backends.when(goes_on, update, optimizer.everything)
 
 
-def _recorded(optimizer, variables, fine):
+def _goes_on_or_raises(optimizer, variables, verdicts):
     """Whether the step may go on; what is bad is written down, and raised where that can be done at once.
 
     Where it cannot, because the step is compiled or because it would lose what it has to return, no step goes on any
-    more until `complain` has raised it.
+    more until `raise_waiting` has raised it.
     """
-    counts = optimizer.counts
-    waiting = ops.cast(backends.read(counts["nonfinite_waiting"], "int32"), "bool")
-    all_fine = ops.all(fine)
+    readings, at_once = optimizer.readings, not optimizer.stateless and not backends.is_symbolic(verdicts)
+    if at_once:
+        raise_waiting(optimizer)
+    waiting, all_fine = ops.cast(_int(readings["nonfinite_waiting"]), "bool"), ops.all(verdicts)
     bad = ~all_fine & ~waiting
     indices = ops.convert_to_tensor([optimizer.index_of(variable) for variable in variables], "int32")
-    first = ops.take(indices, ops.argmin(ops.cast(fine, "int32")))
-    step = backends.read(optimizer.iterations, "int32") + 1
-    for name, value in (("nonfinite_step", step), ("nonfinite_variable", first)):
-        counts[name].assign(ops.where(bad, value, backends.read(counts[name], "int32")))
-    counts["skipped_steps"].assign_add(ops.cast(bad, "int32"))
-    if not optimizer.stateless and not backends.is_symbolic(bad):
+    first = ops.take(indices, ops.argmin(ops.cast(verdicts, "int32")))
+    for name, value in (("nonfinite_step", _int(optimizer.iterations) + 1), ("nonfinite_variable", first)):
+        readings[name].assign(ops.where(bad, value, _int(readings[name])))
+    readings["skipped_steps"].assign_add(ops.cast(bad, "int32"))
+    if at_once:
         if bad:
             raise FloatingPointError(_complaint(optimizer))
         return all_fine
     complaints = [_complaint(optimizer, variable) for variable in variables]
-    with backends.demanded(fine, complaints):
-        counts["nonfinite_waiting"].assign(ops.cast(waiting | bad, "int32"))
+    written = [_int(reading) for name, reading in readings.items() if name not in ("met", "gradient_norm")]
+    with backends.demanded(verdicts, complaints, after=written):
+        readings["nonfinite_waiting"].assign(ops.cast(waiting | bad, "int32"))
     return all_fine & ~waiting
 
 
-def complain(optimizer) -> None:
-    """Raise what a compiled step under `nonfinite="raise"` has left to be raised, once."""
-    if optimizer.nonfinite == "raise" and optimizer.built and _keras.to_numpy(optimizer.counts["nonfinite_waiting"]):
-        optimizer.counts["nonfinite_waiting"].assign(0)
+def raise_waiting(optimizer) -> None:
+    """Raise, once, what a step under `nonfinite="raise"` could not raise itself."""
+    waiting = optimizer.readings.get("nonfinite_waiting")
+    if waiting is not None and _keras.to_numpy(waiting):
+        waiting.assign(0)
         raise FloatingPointError(_complaint(optimizer))
 
 
@@ -171,47 +180,58 @@ def _complaint(optimizer, variable=None) -> str:
     """What is wrong with the gradient of a variable; by default of the one, and at the update, that is written down."""
     at = ""
     if variable is None:
-        step, index = (_keras.to_numpy(optimizer.counts[f"nonfinite_{of}"]) for of in ("step", "variable"))
+        step, index = (_keras.to_numpy(optimizer.readings[f"nonfinite_{of}"]) for of in ("step", "variable"))
         at, variable = f" at update {step}", optimizer.trained[index]
     what = "or its square is" if optimizer.squares else "is"
     return f"The gradient of `{_keras.path_of(variable)}` {what} not finite{at}; the weights are those before it."
 
 
-def _update(optimizer, variables, gradients, mean) -> None:
+def _update(optimizer, variables, gradients, count, doubtful) -> None:
     shared = execution.scalars(optimizer, optimizer.learning_rate)
     norm = None
     if optimizer.global_clipnorm is not None or optimizer.track_gradient_norm:
-        held = map(optimizer.held, variables)
-        firsts = [mean(backends.first_copy(g), h) for g, h in zip(gradients, held, strict=True) if not h.overwritten]
+        pairs = [(optimizer.held(v), g) for v, g in zip(variables, gradients, strict=True)]
+        firsts = [_mean(held, backends.first_copy(g), count) for held, g in pairs if not held.overwritten]
         norm = numerics.norm([backends.entries(g) for g in firsts])
         if optimizer.track_gradient_norm:
-            optimizer.counts["gradient_norm"].assign(norm)
+            optimizer.readings["gradient_norm"].assign(norm[0] * norm[1])
 
     def update(variable, gradient):
         held = optimizer.held(variable)
-        gradient = mean(gradient, held)
+        gradient = _mean(held, gradient, count)
         if held.overwritten:
             optimizer.assign(variable, gradient)
         else:
             optimizer.update_step(_clipped(optimizer, gradient, norm, held.dtype), variable, shared)
 
-    backends.on_every_copy(update, variables, gradients)
+    for variable, gradient in zip(variables, gradients, strict=True):
+        one = partial(backends.on_every_copy, update, [variable], [gradient])
+        if any(variable is other for other in doubtful):  # it had no gradient now, but may have had one in the window
+            met = _int(optimizer.readings["met"])[optimizer.index_of(variable)]
+            backends.when(met > 0, one, optimizer.everything)
+        else:
+            one()
+    if optimizer.use_ema:
+        move = partial(execution.average, optimizer, shared)
+        backends.on_every_copy(move, optimizer.trained, optimizer.trained)
     optimizer.iterations.assign_add(1)
 
 
+def _limits(optimizer) -> dict:
+    """The variables of the clips that are in use: none or one."""
+    return {name: variable for name, variable in optimizer.hyper_variables.items() if name in CLIPS}
+
+
 def _clipped(optimizer, gradient, global_norm, dtype):
-    limit = {name: backends.read(v, dtype) for name, v in optimizer.hyper_variables.items() if name in CLIPS}
-    if "global_clipnorm" in limit:
-        return _scaled_down(gradient, global_norm, limit["global_clipnorm"])
-    if not limit:
-        return gradient
-    gradient = backends.distinct_rows(gradient)
-    if "clipnorm" in limit:
-        return _scaled_down(gradient, numerics.norm([backends.entries(gradient)]), limit["clipnorm"])
-    return backends.mapped(lambda g: ops.clip(g, -limit["clipvalue"], limit["clipvalue"]), gradient)
+    for kind, variable in _limits(optimizer).items():
+        limit = backends.read(variable, dtype)
+        if kind == "clipvalue":
+            return backends.mapped(lambda g: ops.clip(g, -limit, limit), gradient)  # noqa: B023
+        norm = global_norm if kind == "global_clipnorm" else numerics.norm([backends.entries(gradient)])
+        factor = numerics.shrinking(norm, limit)
+        return backends.mapped(lambda g: g * factor, gradient)  # noqa: B023
+    return gradient
 
 
-def _scaled_down(gradient, norm, limit):
-    norm = ops.cast(norm, limit.dtype)
-    factor = ops.where(norm > limit, limit / norm, ops.ones_like(limit))
-    return backends.mapped(lambda g: g * factor, gradient)
+def _int(variable):
+    return backends.read(variable, "int32")
