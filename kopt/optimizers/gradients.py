@@ -94,7 +94,7 @@ def _accumulate(optimizer, variables, missing, gradients) -> None:
     micro_step.assign_add(1)
 
     def close():
-        count = backends.read(micro_step, "float32")  # the steps there were: a state may come from another window
+        count = _int(micro_step)  # not the constant: a state may come from another window
         micro_step.assign(0)
         chosen = [*variables, *missing]
         _judge(optimizer, chosen, [optimizer.held(v).sum for v in chosen], count, doubtful=missing)
