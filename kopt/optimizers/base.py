@@ -60,11 +60,11 @@ class Optimizer(_keras.OptimizerBridge):
         track_gradient_norm: Keep the norm of all gradients together, before clipping, in `gradient_norm`.
         nonfinite: What to do with a gradient that has an infinite entry or NaN, or one whose square overflows where
             the rule squares it, all before clipping. "apply": update with it. "skip": leave weights, state, average
-            and `iterations` as they were, and count it in `skipped_steps`. "raise": the same, and a FloatingPointError says at which
-            update and in which variable: at once where nothing is compiled, as TensorFlow's InvalidArgumentError in
-            a TensorFlow graph; under XLA and in JAX's `fit` no step is done any more and `fit` raises when it ends,
-            or `raise_nonfinite()` when you call it, for instance at the end of an epoch. Under `LossScaleOptimizer`,
-            which drops bad gradients itself, none of it is seen.
+            and `iterations` as they were, and count it in `skipped_steps`. "raise": the same, and a FloatingPointError
+            says at which update and in which variable: at once where nothing is compiled, as TensorFlow's
+            InvalidArgumentError in a TensorFlow graph; under XLA and in JAX's `fit` no step is done any more and
+            `fit` raises when it ends, or `raise_nonfinite()` when you call it, for instance at the end of an epoch.
+            Under `LossScaleOptimizer`, which drops bad gradients itself, none of it is seen.
         use_ema: Keep an exponential moving average of the weights, which replaces them when `fit` ends.
         ema_momentum: Weight of the past in that average.
         ema_overwrite_frequency: Also replace the weights by their average every so many steps.
