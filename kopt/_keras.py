@@ -55,7 +55,7 @@ def constant(value):
 class OptimizerBridge(keras.optimizers.Optimizer):
     """Keras's optimizer with its private attributes under plain names.
 
-    Of its methods that do something in a step none is left: `optimizers/gradients.py` takes their place.
+    Of what it does in a step, the learning rate's getter and `assign` are left; `optimizers/gradients.py` is the rest.
     """
 
     def __init__(self, learning_rate, name=None):
