@@ -288,6 +288,12 @@ def test_a_gradient_that_is_missing_at_times_is_in_the_mean_of_its_window(row):
     with_missing(plain, theirs, zip(*mean, strict=True))
     near(ours, theirs)
 
+    for mode in MODES[1:]:
+        compiled = two()
+        with pytest.warns(UserWarning, match="Gradients do not exist"):
+            train(mode, row.make(gradient_accumulation_steps=2, **more), compiled, [[a[0], b[0]], *rest])
+        near(compiled, ours)
+
     again, file = two(), {}  # and likewise when resumed in the middle of a window
     first, second = row.make(gradient_accumulation_steps=2, **more), row.make(gradient_accumulation_steps=2, **more)
     with_missing(first, again, [[a[0], b[0]]])

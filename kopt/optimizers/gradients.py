@@ -94,7 +94,8 @@ def _accumulate(optimizer, variables, missing, gradients) -> None:
     micro_step.assign_add(1)
 
     def close():
-        count = _int(micro_step)  # not the constant: a state may come from another window
+        # A copy, since torch assigns in place; and no constant, since a state may come from a window of another length.
+        count = _int(micro_step) + 0
         micro_step.assign(0)
         chosen = [*variables, *missing]
         _judge(optimizer, chosen, [optimizer.held(v).sum for v in chosen], count, doubtful=missing)
