@@ -37,7 +37,7 @@ def norm(arrays):
     The second factor is 1, or the largest entry where the squares of the entries do not fit the dtype.
     """
     dtype = "float64" if any("float64" in str(a.dtype) for a in arrays) else "float32"
-    arrays = [ops.cast(a, dtype) for a in arrays if math.prod(a.shape)]
+    arrays = [ops.cast(a, dtype) for a in arrays if 0 not in tuple(a.shape)]
     if not arrays:
         return ops.zeros((), dtype), ops.ones((), dtype)
 

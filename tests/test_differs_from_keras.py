@@ -164,7 +164,7 @@ def average_of_weights_held_at_zero(cls):
 
 SAME_CASE = [  # what is done, and what kopt and Keras make of it
     (lost_to_one_infinity, "Adam", {}, 1, 1),  # both apply what they are given
-    (lost_to_one_infinity, "Adam", {"global_clipnorm": 1.0}, 1, 8),
+    (lost_to_one_infinity, "Adam", {"global_clipnorm": 1.0}, 8, 8),
     (lost_to_one_infinity, "Adam", {"nonfinite": "skip"}, 0, None),
     (is_lost_to_a_square, "Adam", {}, True, True),
     (is_lost_to_a_square, "Adam", {"nonfinite": "skip"}, False, None),

@@ -163,7 +163,7 @@ class Optimizer(_keras.OptimizerBridge):
         with backends.eagerly():
             for name, argument in self.declared().items():
                 if isinstance(argument, Hyper) and argument.opens_slot:  # state that waits brings its slot along
-                    self.opened[name] = getattr(self, name) or (float(self.before[name]) if self.waiting else 0.0)
+                    self.opened[name] = getattr(self, name) or (float(self.before[name]) if self.loaded else 0.0)
             self.index(variables)
             self._rule, self.slots_in_use = self.rule, tuple(self.slots)
             self._rule_arguments = inspect.signature(self._rule).parameters.keys() & self.declared().keys()
@@ -176,7 +176,7 @@ class Optimizer(_keras.OptimizerBridge):
             if self.exclude_from_decay:
                 kept = groups.portable("exclude_from_decay", self.exclude_from_decay, variables)
                 self.choices["exclude_from_decay"] = kept
-            if self.waiting:
+            if self.loaded:
                 state.settle(self)
 
     def _checked(self, variables) -> list:

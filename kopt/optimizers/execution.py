@@ -66,7 +66,8 @@ def _scalars(optimizer, learning_rate, dtype) -> Shared:
     numbers = {name: backends.read(variable, dtype) for name, variable in optimizer.hyper_variables.items()}
     share = overwrite = None
     if optimizer.use_ema:  # the first weight is all of the average
-        share = ops.where(done == 0, backends.read(1, dtype), backends.read(1 - optimizer.ema_momentum, dtype))
+        first, later = (ops.convert_to_tensor(share, dtype) for share in (1.0, 1 - optimizer.ema_momentum))
+        share = ops.where(done == 0, first, later)
         if optimizer.ema_overwrite_frequency is not None:
             overwrite = (done + 1) % optimizer.ema_overwrite_frequency == 0
     return Shared(
@@ -106,10 +107,10 @@ def average(optimizer, shared, variable, _) -> None:
     if held.average is None:
         return
     shared, weight = shared[held.dtype], _weight(variable, held)
-    average = lerp(backends.read(held.average, held.dtype), weight, shared.share)
-    optimizer.assign(held.average, average)
+    moved = lerp(backends.read(held.average, held.dtype), weight, shared.share)
+    optimizer.assign(held.average, moved)
     if shared.overwrite is not None:
-        weight = ops.where(shared.overwrite, average, weight)
+        weight = ops.where(shared.overwrite, moved, weight)
         if held.master is not None:
             optimizer.assign(held.master, weight)
         optimizer.assign(variable, weight)

@@ -107,7 +107,8 @@ def _accumulate(optimizer, variables, missing, gradients) -> None:
 def _add(optimizer, variable, gradient) -> None:
     held = optimizer.held(variable)
     if held.overwritten:
-        optimizer.assign(held.sum, numerics.larger(backends.read(held.sum, held.dtype), gradient))
+        largest = backends.read(held.sum, held.dtype)
+        optimizer.assign(held.sum, ops.where((largest >= gradient) | ops.isnan(largest), largest, gradient))
     else:
         optimizer.assign_add(held.sum, gradient)
 
@@ -117,7 +118,7 @@ def _mean(held, total, count):
     if count is None:
         return total
     total = backends.read(total, held.dtype)
-    return total if held.overwritten else total / ops.cast(count, held.dtype)
+    return ops.copy(total) if held.overwritten else total / ops.cast(count, held.dtype)
 
 
 def _judge(optimizer, variables, gradients, count=None, doubtful=()) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from kopt import _keras
 from kopt.optimizers.rule import MASTER
 
+WINDOW = ("reading:", "gradient_sum:")  # what starts at zero where a file has none
 WRAPPERS = (4, 2)  # scalars that a LossScaleOptimizer puts before those of the optimizer in it, built and not built
 
 
@@ -45,13 +46,13 @@ def load(optimizer, store) -> None:
         if name in arrays:
             variable.assign(arrays[name])
     if not optimizer.built:
-        optimizer.__dict__.update(waiting=slots, before=before, loaded=arrays)
+        optimizer.__dict__.update(waiting=slots, before=before, loaded={} if fresh else arrays)
         return
     initial = {slot.name: slot.initial for slot in optimizer.slots_in_use}
     for name, variable in _own(optimizer).items():
         if name in slots:
             variable.assign(slots[name])
-        elif fresh and ":" in name:
+        elif (fresh and ":" in name) or name.startswith(WINDOW):
             variable.assign(np.full(variable.shape, initial.get(name.split(":")[0], 0.0)))
 
 
@@ -64,11 +65,13 @@ def settle(optimizer) -> None:
             if name in own:
                 own[name].assign(array)
         optimizer.waiting.clear()
+        optimizer.loaded.clear()
         return
     for name, array in optimizer.loaded.items():
         if name in own and np.array_equal(_keras.to_numpy(own[name]), array):  # not assigned since
             own[name].assign(optimizer.before[name])
     optimizer.waiting.clear()
+    optimizer.loaded.clear()
     warnings.warn(
         f"The state that was loaded does not fit {_title(optimizer)}: {_list(faults)}. Training starts afresh.",
         stacklevel=2,
@@ -113,8 +116,15 @@ def _read(optimizer, store) -> dict[str, np.ndarray]:
 def _matched(optimizer, arrays: dict) -> tuple[dict, list[str]]:
     """The saved slots under the optimizer's own names, and what does not fit."""
     own = {name: v for name, v in _own(optimizer).items() if ":" in name}
-    if own.keys() != arrays.keys() and len(own) == len(arrays) and all(map(_alike, own, arrays)):
-        arrays = dict(zip(own, arrays.values(), strict=True))
+    readings = {name: array for name, array in arrays.items() if name.startswith("reading:")}
+    slots = {name: array for name, array in arrays.items() if name not in readings}
+    mine = [name for name in own if not name.startswith("reading:")]
+    if set(mine) != slots.keys() and len(mine) == len(slots) and all(map(_alike, mine, slots)):
+        slots = dict(zip(mine, slots.values(), strict=True))
+    if any(name.startswith("gradient_sum:") and name not in slots for name in own):  # a window without its sums
+        readings.pop("reading:micro_step", None)
+        readings.pop("reading:met", None)
+    arrays = slots | readings
     faults = _differences(own, arrays)
     faults += [
         f"{name} has shape {tuple(own[name].shape)} here and {arrays[name].shape} in the file"
@@ -143,7 +153,7 @@ def _differences(own, saved) -> list[str]:
 def _may_differ(name: str) -> bool:
     """The rate may be a schedule on one side; a master follows from the weight where the file has none; readings and
     sums start at zero."""
-    return name == "learning_rate" or name.startswith((f"{MASTER.name}:", "reading:", "gradient_sum:"))
+    return name == "learning_rate" or name.startswith((f"{MASTER.name}:", *WINDOW))
 
 
 def _title(optimizer) -> str:
