@@ -7,7 +7,7 @@ import inspect
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
@@ -106,6 +106,12 @@ def one_of(*options: str) -> Check:
 
 def optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
+
+
+def listed(name: str, value: Any) -> list:
+    if not isinstance(value, Iterable) or hasattr(value, "shape"):
+        refuse(name, "a list", value)
+    return list(value)
 
 
 def learning_rate(name: str, value: Any) -> Any:

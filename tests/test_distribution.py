@@ -9,7 +9,7 @@ from keras import ops
 
 import kopt
 from tests.conftest import BACKEND
-from tests.training import START, STREAM, X, Y, equal, every_class, every_row, near, network, numpy, train
+from tests.training import PAIRS, START, STREAM, X, Y, equal, every_class, every_row, near, network, numpy, train, two
 
 CONDITIONS = {
     "plain": {},
@@ -27,12 +27,8 @@ JAX = pytest.mark.skipif(BACKEND != "jax", reason="Keras distributes so on JAX")
 every_condition = pytest.mark.parametrize("condition", CONDITIONS)
 
 
-def two():
-    return [keras.Variable(START, name="a"), keras.Variable(START[0] * 5, name="b")]
-
-
 def stream(condition):
-    pairs = [[g, g[0] * 3] for g in STREAM]
+    pairs = list(PAIRS)
     if condition == "skip":
         pairs[BAD] = [pairs[BAD][0] * np.nan, pairs[BAD][1]]
     return pairs
@@ -262,6 +258,20 @@ def test_strategies_that_are_refused(row):
         dense(outside).fit(X, Y, verbose=0)
     with tf.distribute.OneDeviceStrategy("CPU:0").scope():
         dense(row.make()).fit(X, Y, verbose=0)
+
+
+@TENSORFLOW
+def test_a_parameter_server_is_refused_by_name(monkeypatch):
+    import tensorflow as tf
+
+    from kopt import backends
+
+    server = object.__new__(tf.distribute.ParameterServerStrategy)  # a real one waits for its cluster
+    monkeypatch.setattr(backends, "strategy", lambda: server)
+    with pytest.raises(
+        ValueError, match="^`strategy` must be one of those .* Received: strategy='ParameterServerStrategy"
+    ):
+        kopt.Adam()
 
 
 # What Keras does in the same case. A test here that fails after an upgrade may mean that Keras has mended it.

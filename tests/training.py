@@ -16,6 +16,10 @@ STREAM = np.random.default_rng(0).normal(size=(6, 2, 3)).astype("float32")
 X = np.random.default_rng(1).normal(size=(24, 4)).astype("float32")
 Y = X @ np.random.default_rng(2).normal(size=(4, 2)).astype("float32")
 
+PAIRS = [[g, g[0] * 3] for g in STREAM]  # gradients of two variables
+CLIPS = [{"clipnorm": 0.5}, {"clipvalue": 0.1}, {"global_clipnorm": 0.5}]
+every_clip = pytest.mark.parametrize("clip", CLIPS, ids=lambda clip: next(iter(clip)))
+
 
 class Ones:
     """A gradient of ones, whatever the shape."""
@@ -90,6 +94,16 @@ def same(one, other):
     """Whether two states are equal to the bit; says where they are not."""
     assert one.keys() == other.keys()
     return [name for name in one if not np.array_equal(one[name], other[name])] == []
+
+
+def two():
+    return [keras.Variable(START, name="a"), keras.Variable(START[0] * 5, name="b")]
+
+
+def spoilt(pair, value, which):
+    pair = [g.copy() for g in pair]
+    pair[which].flat[-1] = value
+    return pair
 
 
 def network(optimizer, **compiled):

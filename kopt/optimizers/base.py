@@ -2,7 +2,6 @@
 
 import difflib
 import inspect
-from collections.abc import Iterable
 from typing import TypedDict
 
 import keras
@@ -212,14 +211,12 @@ class Optimizer(_keras.OptimizerBridge):
             trainable_variables: The variables; by default all that the optimizer was built with. The first call
                 builds the optimizer, if nothing has before.
         """
-        for name, given in {"grads": grads, "trainable_variables": trainable_variables}.items():
-            left_out = name == "trainable_variables" and given is None
-            if not left_out and (not isinstance(given, Iterable) or hasattr(given, "shape")):
-                checks.refuse(name, "a list", given)
-        grads = list(grads)
         if trainable_variables is None and not self.built:
             checks.refuse("trainable_variables", "given at the first step, if `build` was not called", None)
-        variables = self.trained if trainable_variables is None else list(trainable_variables)
+        grads = checks.listed("grads", grads)
+        variables = self.trained
+        if trainable_variables is not None:
+            variables = checks.listed("trainable_variables", trainable_variables)
         if not grads and not variables:
             return
         gradients.check(grads, variables if self.built else self._checked(variables))

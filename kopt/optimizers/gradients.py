@@ -225,14 +225,16 @@ def _limits(optimizer) -> dict:
 
 
 def _clipped(optimizer, gradient, global_norm, dtype):
-    for kind, variable in _limits(optimizer).items():
-        limit = backends.read(variable, dtype)
-        if kind == "clipvalue":
-            return backends.mapped(lambda g: ops.clip(g, -limit, limit), gradient)  # noqa: B023
-        norm = global_norm if kind == "global_clipnorm" else numerics.norm([backends.entries(gradient)])
-        factor = numerics.shrinking(norm, limit)
-        return backends.mapped(lambda g: g * factor, gradient)  # noqa: B023
-    return gradient
+    limits = _limits(optimizer)
+    if not limits:
+        return gradient
+    ((kind, variable),) = limits.items()
+    limit = backends.read(variable, dtype)
+    if kind == "clipvalue":
+        return backends.mapped(lambda g: ops.clip(g, -limit, limit), gradient)
+    norm = global_norm if kind == "global_clipnorm" else numerics.norm([backends.entries(gradient)])
+    factor = numerics.shrinking(norm, limit)
+    return backends.mapped(lambda g: g * factor, gradient)
 
 
 def _int(variable):
