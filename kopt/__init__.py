@@ -8,6 +8,7 @@ from kopt.optimizers.base import Optimizer as Optimizer
 from kopt.optimizers.rmsprop import RMSprop as RMSprop
 from kopt.optimizers.rule import At as At
 from kopt.optimizers.rule import Slot as Slot
+from kopt.optimizers.rule import elementwise as elementwise
 from kopt.optimizers.sgd import SGD as SGD
 
 __version__ = "0.1.0"

@@ -8,7 +8,7 @@ import contextlib
 import keras
 import numpy as np
 
-from kopt import checks
+from kopt import backends, checks
 
 register = keras.saving.register_keras_serializable(package="kopt")
 
@@ -30,6 +30,11 @@ def number(variable, known: float) -> float:
         return float(str(to_numpy(variable)[()]))
     except (NotImplementedError, TypeError):
         return known
+
+
+def memory(variable):
+    """What a Keras variable holds, whatever the scope; anything else is a variable of the backend's own."""
+    return getattr(variable, "_value", variable)
 
 
 def is_away(variable) -> bool:
@@ -138,6 +143,14 @@ class OptimizerBridge(keras.optimizers.Optimizer):
     def rate_source(self):
         """The schedule, the callable, or the variable that the learning rate comes from."""
         return self._learning_rate
+
+    def rate_now(self):
+        """The learning rate of this step; on torch a schedule is asked on the host, not to wait for a device."""
+        schedule = self._learning_rate
+        if keras.backend.backend() == "torch" and isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+            with keras.device("cpu"):
+                return schedule(keras.ops.convert_to_tensor(backends.number(self.iterations, "int32"), "int32"))
+        return self.learning_rate
 
     def rate_is_computed(self) -> bool:
         return not isinstance(self._learning_rate, keras.Variable)

@@ -1,8 +1,10 @@
 """What TensorFlow, JAX and torch do each in their own way: conditions, replicas, gradients of rows."""
 
 import contextlib
+import weakref
 
 import keras
+import numpy as np
 from keras import ops
 
 from kopt import checks
@@ -26,6 +28,45 @@ def read(x, dtype):
     if BACKEND == "tensorflow":  # the rows of `tf.IndexedSlices` are summed
         return tf.cast(tf.convert_to_tensor(x), dtype)
     return ops.convert_to_tensor(x, dtype)
+
+
+def number(variable, dtype):
+    """The value of a scalar variable or tensor for arithmetic; on torch a Python number, without asking the device.
+
+    torch counts the writes to a tensor, so a number is read from the device only after another write than `count_up`.
+    """
+    if BACKEND != "torch":
+        return read(variable, dtype)
+    if isinstance(variable, (int, float)):
+        return variable
+    tensor = variable.value if isinstance(variable, keras.Variable) else ops.convert_to_tensor(variable)
+    known = _numbers.get(id(tensor))
+    if known is None or known[0]() is not tensor or known[1] != tensor._version:
+        return _note(tensor, tensor.item())
+    return known[2]
+
+
+def cast_number(number, dtype):
+    return number if BACKEND == "torch" else ops.cast(number, dtype)
+
+
+def count_up(variable) -> None:
+    """Add one to a scalar variable."""
+    if BACKEND == "torch":
+        value = number(variable, variable.dtype)
+        variable.assign_add(1)
+        _note(variable.value, value + 1)
+    else:
+        variable.assign_add(1)
+
+
+_numbers: dict[int, tuple] = {}  # id of a tensor -> the tensor, the count of writes to it, its value
+
+
+def _note(tensor, value):
+    key = id(tensor)
+    _numbers[key] = weakref.ref(tensor, lambda _: _numbers.pop(key, None)), tensor._version, value
+    return value
 
 
 def copied(variable):
@@ -102,6 +143,42 @@ def demanded(conditions, complaints, after):
     return tf.control_dependencies(asserts)
 
 
+# Where a variable is
+
+
+def place(variable):
+    """Where a variable is, or None if it is spread over devices."""
+    if BACKEND == "torch":
+        return native(variable).device
+    if BACKEND == "tensorflow":
+        return native(variable).device
+    if getattr(variable, "_layout", None) is not None or len(native(variable).devices()) > 1:
+        return None
+    return next(iter(native(variable).devices()))
+
+
+def is_on_cpu(variable) -> bool:
+    """Whether a TensorFlow variable is on a CPU."""
+    return "CPU" in native(variable).device
+
+
+def is_eager() -> bool:
+    """Whether TensorFlow runs now, rather than building a graph."""
+    return tf.executing_eagerly()
+
+
+def is_whole(variable) -> bool:
+    """Whether a torch variable lies in memory without gaps, and is there at all."""
+    return native(variable).is_contiguous()
+
+
+def split(flat, sizes) -> list:
+    """A flat tensor in parts of these sizes."""
+    if BACKEND == "tensorflow":
+        return tf.split(flat, sizes)
+    return ops.split(flat, np.cumsum(sizes)[:-1].tolist())
+
+
 # Replicas of a TensorFlow strategy
 
 
@@ -157,16 +234,17 @@ def on_every_copy(function, variables, gradients) -> None:
         if current is None:
             function(variable, gradient)
         else:
-            current.extended.update(_native(variable), function, args=(_native(gradient),), group=False)
+            current.extended.update(native(variable), function, args=(native(gradient),), group=False)
 
 
 def first_copy(x):
     """What the first replica holds of a gradient or variable that all replicas have alike."""
     current = strategy()
-    return x if current is None else current.experimental_local_results(_native(x))[0]
+    return x if current is None else current.experimental_local_results(native(x))[0]
 
 
-def _native(x):
+def native(x):
+    """A variable of the backend's own."""
     return x.value if isinstance(x, keras.Variable) else x
 
 
@@ -191,13 +269,38 @@ def distinct_rows(gradient):
     """
     if not has_rows(gradient):
         return gradient
+    indices, place, totals = _summed_rows(gradient)
+    indices = tf.maximum(tf.math.unsorted_segment_max(indices, place, tf.shape(indices)[0]), 0)
+    return tf.IndexedSlices(totals, indices, gradient.dense_shape)
+
+
+def repeated_sums(gradient):
+    """The gradient with the sum of a row in place of each of its gradients.
+
+    There are as many rows as before, some of them repeated: whichever is written last, the same is written.
+    """
+    indices, place, totals = _summed_rows(gradient)
+    return tf.IndexedSlices(tf.gather(totals, place), indices, gradient.dense_shape)
+
+
+def _summed_rows(gradient):
+    """The indices in order, for each the place of its row among the distinct ones, and the sums of these."""
     order = tf.argsort(gradient.indices)
     indices = tf.gather(gradient.indices, order)
     is_new = tf.concat([tf.ones_like(indices[:1], "bool"), indices[1:] != indices[:-1]], 0)
-    place, n = tf.cumsum(tf.cast(is_new, "int32")) - 1, tf.shape(indices)[0]
-    values = tf.math.unsorted_segment_sum(tf.gather(gradient.values, order), place, n)
-    indices = tf.maximum(tf.math.unsorted_segment_max(indices, place, n), 0)
-    return tf.IndexedSlices(values, indices, gradient.dense_shape)
+    place = tf.cumsum(tf.cast(is_new, "int32")) - 1
+    return indices, place, tf.math.unsorted_segment_sum(tf.gather(gradient.values, order), place, tf.shape(indices)[0])
+
+
+def read_rows(indices, variable, dtype):
+    """Rows of a variable, without reading the others."""
+    return tf.cast(tf.gather(native(variable), indices), dtype)
+
+
+def assign_rows(indices, variable, values) -> None:
+    """Assign to rows of a variable."""
+    variable, values = native(variable), tf.cast(values, variable.dtype)
+    variable.scatter_update(tf.IndexedSlices(values, indices))
 
 
 def shape_and_dtype(gradient) -> tuple[tuple | None, str]:

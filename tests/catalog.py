@@ -225,6 +225,7 @@ COMMON_KINDS = {
     "ema_overwrite_frequency": "count 1?",
     "loss_scale_factor": "positive?",
     "gradient_accumulation_steps": "count 2?",
+    "sparse": "exact|lazy",
     "name": "text?",
 }
 ADAM_KINDS = {
@@ -248,6 +249,7 @@ KINDS = {
         "window": "window?",
         "bias_correction": "boolean",
     },
+    kopt.elementwise: {"kernel": "text?", "rests": "boolean"},
     kopt.At: {"t": "made by the step", "learning_rate": "made by the step"},
     kopt.Optimizer: {},  # has no constructor of its own
 }

@@ -75,8 +75,8 @@ def test_exclusions_by_layer_survive_saving(row, tmp_path):
     model.compile(optimizer, loss="mse")
     fit(model).save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert [h.decayed for h in loaded.optimizer._held] == [h.decayed for h in optimizer._held]
-    assert [h.decayed for h in optimizer._held] == [True, False, False, False]
+    assert [h.decayed for h in loaded.optimizer.all_held] == [h.decayed for h in optimizer._held]
+    assert [h.decayed for h in optimizer.all_held] == [True, False, False, False]
 
 
 def test_exclusions_have_a_config_before_build():
@@ -89,7 +89,7 @@ def test_exclusions_have_a_config_before_build():
     ]  # fmt: skip
     optimizer = kopt.SGD.from_config(config | {"exclude_from_decay": config["exclude_from_decay"][:3]})
     optimizer.build(model.trainable_variables)
-    assert [h.decayed for h in optimizer._held] == [True, False, False, False]
+    assert [h.decayed for h in optimizer.all_held] == [True, False, False, False]
     optimizer.get_config()["exclude_from_decay"].append("nothing")
     assert len(optimizer.exclude_from_decay) == 3
 
@@ -112,7 +112,7 @@ def test_an_excluded_layer_is_found_under_another_number(tmp_path):
     keras.utils.clear_session()
     keras.layers.Dense(1)  # takes the name `dense`
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert [h.decayed for h in loaded.optimizer._held] == [True, True, False, False, True, True]
+    assert [h.decayed for h in loaded.optimizer.all_held] == [True, True, False, False, True, True]
 
 
 def test_frozen_layers_may_be_excluded_and_come_back(tmp_path):
@@ -121,11 +121,11 @@ def test_frozen_layers_may_be_excluded_and_come_back(tmp_path):
     model.compile(kopt.AdamW(exclude_from_decay=model.get_layer("body")), loss="mse")
     fit(model).save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert [h.decayed for h in loaded.optimizer._held] == [True, True]
+    assert [h.decayed for h in loaded.optimizer.all_held] == [True, True]
     loaded.get_layer("body").trainable = True
     thawed = kopt.AdamW.from_config(loaded.optimizer.get_config())
     thawed.build(loaded.trainable_variables)
-    assert [h.decayed for h in thawed._held] == [False, False, True, True]
+    assert [h.decayed for h in thawed.all_held] == [False, False, True, True]
 
 
 def block(name):
@@ -154,12 +154,12 @@ def test_layers_of_the_same_name_are_told_apart(part, tmp_path):
     model.fit(X, X, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert [h.decayed for h in model.optimizer._held] == [False, False, True, True]
-    assert [h.decayed for h in loaded.optimizer._held] == [False, False, True, True]
+    assert [h.decayed for h in model.optimizer.all_held] == [False, False, True, True]
+    assert [h.decayed for h in loaded.optimizer.all_held] == [False, False, True, True]
     assert equal(model.optimizer.variables, loaded.optimizer.variables)
     loaded.save(tmp_path / "again.keras")
     again = keras.models.load_model(tmp_path / "again.keras")
-    assert [h.decayed for h in again.optimizer._held] == [False, False, True, True]
+    assert [h.decayed for h in again.optimizer.all_held] == [False, False, True, True]
 
 
 def test_a_pattern_over_the_front_of_a_path_survives_saving(tmp_path):
@@ -167,5 +167,5 @@ def test_a_pattern_over_the_front_of_a_path_survives_saving(tmp_path):
     model.compile(kopt.AdamW(exclude_from_decay=["net/e/", "bias$"]), loss="mse")
     fit(model).save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert [h.decayed for h in loaded.optimizer._held] == [False, False, True, False]
+    assert [h.decayed for h in loaded.optimizer.all_held] == [False, False, True, False]
     assert "bias$" in loaded.optimizer.exclude_from_decay

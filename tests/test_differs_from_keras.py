@@ -166,7 +166,7 @@ SAME_CASE = [  # what is done, and what kopt and Keras make of it
     (lost_to_one_infinity, "Adam", {}, 1, 1),  # both apply what they are given
     (lost_to_one_infinity, "Adam", {"global_clipnorm": 1.0}, 8, 8),
     (lost_to_one_infinity, "Adam", {"nonfinite": "skip"}, 0, None),
-    (is_lost_to_a_square, "Adam", {}, True, True),
+    (is_lost_to_a_square, "Adam", {}, BACKEND != "torch", True),  # torch's kernel squares a part of the gradient
     (is_lost_to_a_square, "Adam", {"nonfinite": "skip"}, False, None),
     (rate_after_two_updates, "SGD", {}, 1.0, 0.5),  # at iterations = 2, the third update is still to come
     (average_under_accumulation, "SGD", {}, -1.25, -1.375),

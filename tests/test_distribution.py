@@ -85,7 +85,7 @@ def test_replicas_equal_one_device(row, mode):
     for name, optimizer in optimizers.items():
         one, weights = on_one_device(row, name)
         near(variables[name], weights)
-        near(optimizer.variables, one.variables, tolerance=1e-5)
+        near(optimizer.variables, one.parts, tolerance=1e-5)
         for variable in [*variables[name], *optimizer.variables]:
             assert equal(variable.value.values[:1], variable.value.values[1:])
 
@@ -118,7 +118,7 @@ def test_devices_equal_one_device(row):
     for name in CONDITIONS:
         one, weights = on_one_device(row, name)
         near(state[name][0], weights)
-        near(state[name][1], one.variables, tolerance=1e-5)
+        near(state[name][1], one.parts, tolerance=1e-5)
         assert all(len(value.sharding.device_set) == 8 for pair in state[name] for value in pair)
 
 

@@ -71,7 +71,7 @@ def test_shape_and_order_do_not_matter(row):
 @every_row
 def test_none_gradients_and_frozen_variables_are_left_out(row):
     def of_b():
-        return numpy([b, *[v for v in optimizer.variables if optimizer.named.get(id(v), "")[-1:] == ("b",)]])
+        return numpy([b, *[v for v in optimizer.parts if optimizer.named.get(id(v), "")[-1:] == ("b",)]])
 
     alone = run(row.make(), keras.Variable(START))
     a, b = keras.Variable(START, name="a"), keras.Variable(START, name="b")

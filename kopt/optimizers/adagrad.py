@@ -6,9 +6,10 @@ from keras import ops
 
 from kopt import _keras, checks
 from kopt.optimizers.base import Common, Optimizer
-from kopt.optimizers.rule import Choice, Hyper, Slot
+from kopt.optimizers.rule import Choice, Hyper, Slot, elementwise
 
 
+@elementwise(kernel="adagrad", rests=True)
 def adagrad(g, w, c, *, at, epsilon):
     c = c + ops.square(g)
     return at.learning_rate * g / (ops.sqrt(c) + epsilon), c

@@ -7,18 +7,20 @@ from keras import ops
 from kopt import _keras, checks
 from kopt.numerics import larger, lerp
 from kopt.optimizers.base import Common, Optimizer
-from kopt.optimizers.rule import Choice, Hyper, Slot
+from kopt.optimizers.rule import Choice, Hyper, Slot, elementwise
 
 MOMENTS = Slot("m", doc="mean of g"), Slot("v", doc="mean of g²")
 LARGEST = Slot("v_max", doc="largest v so far")
 
 
+@elementwise(kernel="adam")
 def adam(g, w, m, v, *, at, beta_1, beta_2, epsilon, bias_correction):
     m = lerp(m, g, 1 - beta_1)
     v = lerp(v, ops.square(g), 1 - beta_2)
     return _step(m, v, at, beta_1, beta_2, epsilon, bias_correction), m, v
 
 
+@elementwise(kernel="amsgrad")
 def amsgrad(g, w, m, v, v_max, *, at, beta_1, beta_2, epsilon, bias_correction):
     m = lerp(m, g, 1 - beta_1)
     v = lerp(v, ops.square(g), 1 - beta_2)
@@ -27,9 +29,10 @@ def amsgrad(g, w, m, v, v_max, *, at, beta_1, beta_2, epsilon, bias_correction):
 
 
 def _step(m, v, at, beta_1, beta_2, epsilon, bias_correction):
+    rate = at.learning_rate
     if bias_correction:
-        m, v = m / at.correction(beta_1), v / at.correction(beta_2)
-    return at.learning_rate * m / (ops.sqrt(v) + epsilon)
+        rate, v = rate * at.correction(beta_1), v * at.correction(beta_2)
+    return rate * m / (ops.sqrt(v) + epsilon)
 
 
 @_keras.register

@@ -8,13 +8,14 @@ import keras
 
 from kopt import _keras, backends, checks
 from kopt.optimizers import execution, gradients, groups, state
-from kopt.optimizers.rule import Argument, Choice, Hyper, Slot
+from kopt.optimizers.rule import Argument, Choice, Hyper, Slot, traits
 
 _DEFAULTS = {  # of the common arguments; the others are None
     "track_gradient_norm": False,
     "nonfinite": "apply",
     "use_ema": False,
     "ema_momentum": 0.99,
+    "sparse": "exact",
 }
 _RENAMED = {"lr": "learning_rate", "eps": "epsilon", "decay": "weight_decay", "alpha": "rho", "wd": "weight_decay"}
 
@@ -35,6 +36,7 @@ class Common(TypedDict, total=False):
     ema_overwrite_frequency: int | None
     loss_scale_factor: float | None
     gradient_accumulation_steps: int | None
+    sparse: str
     name: str | None
 
 
@@ -71,6 +73,11 @@ class Optimizer(_keras.OptimizerBridge):
         gradient_accumulation_steps: Average the gradients of so many steps, a window, then update once. `iterations`,
             which drives schedules and averages, counts the updates. A bad gradient under `nonfinite` drops its window.
             Give the last step of a window all variables, None for those without a gradient: others do not move.
+        sparse: What a gradient of chosen rows does, which `Embedding` has on TensorFlow. "exact": what the same
+            gradient with zeros in all other rows would do. That costs no more than the rows with `SGD` without
+            momentum and with `Adagrad`, where zeros change nothing, unless the weights decay; any other rule goes
+            through the whole table. "lazy": only the rows in the batch are updated, with their slots, and decay; for
+            a rule with momentum or means this is another algorithm, in which rows that rest keep their momentum.
         name: Name of the optimizer.
     """
 
@@ -90,6 +97,7 @@ class Optimizer(_keras.OptimizerBridge):
     ema_overwrite_frequency = Choice(checks.optional(checks.count(1)))
     loss_scale_factor = Choice(checks.optional(checks.positive))
     gradient_accumulation_steps = Choice(checks.optional(checks.count(2)))
+    sparse = Choice(checks.one_of("exact", "lazy"))
 
     def __init__(self, learning_rate, *, name=None, **arguments):
         if type(self).rule is None:
@@ -164,14 +172,14 @@ class Optimizer(_keras.OptimizerBridge):
                 if isinstance(argument, Hyper) and argument.opens_slot:  # state that waits brings its slot along
                     self.opened[name] = getattr(self, name) or (float(self.before[name]) if self.loaded else 0.0)
             self.index(variables)
-            self._rule, self.slots_in_use = self.rule, tuple(self.slots)
-            self._rule_arguments = inspect.signature(self._rule).parameters.keys() & self.declared().keys()
+            self.__dict__.update(used_rule=self.rule, traits=traits(self.rule), slots_in_use=tuple(self.slots))
+            self._rule_arguments = inspect.signature(self.used_rule).parameters.keys() & self.declared().keys()
             for name, (shape, dtype) in gradients.readings(self).items():
                 self.readings[name] = self.add_variable(shape, dtype=dtype, aggregation="only_first_replica", name=name)
                 self.named[id(self.readings[name])] = "reading", name
-            self._held = tuple(execution.hold(self, v, decayed=i not in excluded) for i, v in enumerate(variables))
+            self.__dict__["all_held"] = execution.hold(self, variables, excluded)
             if self.use_ema:
-                self.show_averages(variables, [held.average for held in self._held])
+                self.show_averages(variables, [held.average for held in self.all_held])
             if self.exclude_from_decay:
                 kept = groups.portable("exclude_from_decay", self.exclude_from_decay, variables)
                 self.choices["exclude_from_decay"] = kept
@@ -199,9 +207,16 @@ class Optimizer(_keras.OptimizerBridge):
         """The arguments that the rule reads, those that are numbers as given."""
         return {name: value for name, value in (self.choices | numbers).items() if name in self._rule_arguments}
 
+    @property
+    def parts(self) -> list:
+        """The variables as a file holds them: in place of a slab, each piece with what else its variable has."""
+        kept = [part for held in self.all_held for part in held.parts] if self.built else []
+        own = {id(getattr(part, "whole", part)) for part in kept}
+        return [variable for variable in self.variables if id(variable) not in own] + kept
+
     def held(self, variable) -> execution.Held:
         """What the optimizer keeps for a variable."""
-        return self._held[self.index_of(variable)]
+        return self.all_held[self.index_of(variable)]
 
     def apply(self, grads, trainable_variables=None):
         """Do one step. `optimizers/gradients.py` says what happens in it, in order.
@@ -239,8 +254,7 @@ class Optimizer(_keras.OptimizerBridge):
     def update_step(self, gradient, variable, learning_rate):
         """Update one variable. `learning_rate` is a rate, or what `execution.scalars` made of it for the whole step."""
         shared = learning_rate if isinstance(learning_rate, dict) else execution.scalars(self, learning_rate)
-        held, constraint = self.held(variable), getattr(self.trained[self.index_of(variable)], "constraint", None)
-        execution.plain(self._rule, gradient, variable, held, shared[held.dtype], constraint, self.assign)
+        execution.update(self, [variable], [gradient], shared)
 
     def finalize_variable_values(self, var_list):
         """Raise what `nonfinite="raise"` has left to say; replace the variables by their averages."""

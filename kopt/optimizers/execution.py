@@ -1,15 +1,18 @@
-"""How one rule runs over many variables: what is kept for each, what they share, and the update of one.
+"""How one rule runs over many variables: what is kept for each, what they share, and the ways to update them.
 
-Today there is one way, the plain one; a faster way must be proven equal to it.
+`update` gives each variable to the fastest way that its rule, its gradient and its place allow. The plain way is the
+definition; tests/test_execution.py proves the others equal to it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from keras import ops
 
 from kopt import _keras, backends
 from kopt.numerics import lerp
+from kopt.optimizers import kernels, slabs
 from kopt.optimizers.rule import MASTER, At
 
 
@@ -37,9 +40,24 @@ class Held:
     decayed: bool = True
     overwritten: bool = False  # by its gradient, as Keras's float8 scales are
 
+    @property
+    def parts(self) -> list:
+        """All that is kept, in the order of a file."""
+        return [part for part in (self.sum, *self.slots, self.master, self.average) if part is not None]
 
-def hold(optimizer, variable, decayed: bool) -> Held:
-    """Make what the optimizer keeps for a variable."""
+
+def hold(optimizer, variables, excluded) -> tuple[Held, ...]:
+    """Make what the optimizer keeps for its variables; those at the places `excluded` do not decay."""
+    pieces = {}
+    if optimizer.slots_in_use and optimizer.traits.elementwise:
+        for places in slabs.layout(variables, optimizer.home):
+            members = [variables[i] for i in places]
+            slab = slabs.Slab(optimizer, optimizer.slots_in_use, members, backends.wide(_keras.dtype_of(members[0])))
+            pieces |= dict(zip(places, slab.pieces, strict=True))
+    return tuple(_hold(optimizer, v, i not in excluded, pieces.get(i)) for i, v in enumerate(variables))
+
+
+def _hold(optimizer, variable, decayed: bool, slots) -> Held:
     dtype = _keras.dtype_of(variable)
     wide = backends.wide(dtype)
 
@@ -49,7 +67,8 @@ def hold(optimizer, variable, decayed: bool) -> Held:
     total = None if optimizer.gradient_accumulation_steps is None else add("gradient_sum")
     if getattr(variable, "overwrite_with_gradient", False):
         return Held(wide, sum=total, overwritten=True)
-    slots = tuple(add(slot.name, _keras.constant(slot.initial)) for slot in optimizer.slots_in_use)
+    if slots is None:
+        slots = tuple(add(slot.name, _keras.constant(slot.initial)) for slot in optimizer.slots_in_use)
     master = None if wide == dtype else add(MASTER.name, lambda shape, dtype: backends.read(variable, dtype))
     average = add("average") if optimizer.use_ema else None
     return Held(wide, slots, master, average, total, decayed)
@@ -57,13 +76,13 @@ def hold(optimizer, variable, decayed: bool) -> Held:
 
 def scalars(optimizer, learning_rate) -> dict[str, Shared]:
     """What all variables share in this step, for each dtype of the arithmetic: nothing is computed for each anew."""
-    dtypes = dict.fromkeys(optimizer.held(variable).dtype for variable in optimizer.trained)
+    dtypes = dict.fromkeys(held.dtype for held in optimizer.all_held)
     return {dtype: _scalars(optimizer, learning_rate, dtype) for dtype in dtypes}
 
 
 def _scalars(optimizer, learning_rate, dtype) -> Shared:
-    rate, done = backends.read(learning_rate, dtype), backends.read(optimizer.iterations, "int32")
-    numbers = {name: backends.read(variable, dtype) for name, variable in optimizer.hyper_variables.items()}
+    rate, done = backends.number(learning_rate, dtype), backends.number(optimizer.iterations, "int32")
+    numbers = {name: backends.number(variable, dtype) for name, variable in optimizer.hyper_variables.items()}
     share = overwrite = None
     if optimizer.use_ema:  # the first weight is all of the average
         first, later = (ops.convert_to_tensor(share, dtype) for share in (1.0, 1 - optimizer.ema_momentum))
@@ -71,7 +90,7 @@ def _scalars(optimizer, learning_rate, dtype) -> Shared:
         if optimizer.ema_overwrite_frequency is not None:
             overwrite = (done + 1) % optimizer.ema_overwrite_frequency == 0
     return Shared(
-        at=At(ops.cast(done, dtype) + 1, rate),
+        at=At(backends.cast_number(done, dtype) + 1, rate),
         arguments=optimizer.rule_arguments(numbers),
         l2=numbers.get("l2"),
         decay=rate * numbers["weight_decay"] if "weight_decay" in numbers else None,
@@ -80,25 +99,114 @@ def _scalars(optimizer, learning_rate, dtype) -> Shared:
     )
 
 
-def plain(rule, gradient, variable, held: Held, shared: Shared, constraint, assign) -> None:
-    """Read one variable's weight and slots, run the rule, write them back."""
-    weight = _weight(variable, held)
-    gradient = backends.read(gradient, held.dtype)
-    if held.decayed and shared.l2 is not None:
-        gradient = gradient + shared.l2 * weight
-    slots = [backends.read(slot, held.dtype) for slot in held.slots]
-    step, *slots = rule(gradient, weight, *slots, at=shared.at, **shared.arguments)
-    if held.decayed and shared.decay is not None:
-        step = step + shared.decay * weight  # 1 - learning rate * weight decay would round the decay away
-    weight = weight - step
-    if constraint is not None:
-        weight = constraint(weight)
+def afresh(shared: Shared) -> Shared:
+    return replace(shared, at=shared.at.afresh())
 
-    for slot, value in zip(held.slots, slots, strict=True):
-        assign(slot, value)
-    if held.master is not None:
-        assign(held.master, weight)
-    assign(variable, weight)
+
+# The update
+
+
+def update(optimizer, variables, gradients, shared: dict[str, Shared]) -> None:
+    """Update the variables, each in the fastest way that there is for it."""
+    together: dict[tuple, list] = {}
+    for variable, gradient in zip(variables, gradients, strict=True):
+        held = optimizer.held(variable)
+        way, key = _way(optimizer, variable, gradient, held, shared[held.dtype])
+        together.setdefault((way, held.dtype, key), []).append((variable, gradient, held))
+    for (way, dtype, _), found in together.items():
+        way(optimizer, found, shared[dtype])
+
+
+def _way(optimizer, variable, gradient, held, shared):
+    """How to update a variable, and what those must have in common that are updated together."""
+    if not optimizer.traits.elementwise or backends.strategy() is not None:
+        return plain, None
+    constrained = _constraint(optimizer, variable) is not None
+    changes = held.decayed and (shared.l2 is not None or shared.decay is not None)  # beside the rule
+    if backends.has_rows(gradient) and not constrained:
+        if optimizer.sparse == "lazy" or (optimizer.traits.rests and not changes):
+            return rows, None
+    # A `keras.StatelessScope` keeps what is assigned; then no variable may be changed in place.
+    stateless = optimizer.stateless or backends.native(variable) is not _keras.memory(variable)
+    if backends.BACKEND == "torch":
+        alone = constrained or stateless or held.master is not None or not backends.is_whole(variable)
+        return (plain, None) if alone else (batches, (backends.place(variable), held.decayed))
+    if held.slots and isinstance(held.slots[0], slabs.Piece):
+        return flat, held.slots[0].slab
+    if backends.BACKEND != "tensorflow" or constrained or held.master is not None or stateless:
+        return plain, None
+    if not changes and kernels.find(optimizer.traits.kernel, shared.at, shared.arguments):
+        return kernel, None
+    return (island if backends.is_on_cpu(variable) else plain), None
+
+
+def plain(optimizer, found, shared) -> None:
+    """Read each weight and its slots, run the rule, write them back."""
+    for variable, gradient, held in found:
+        _update(optimizer, variable, gradient, held, shared, backends.read, optimizer.assign)
+
+
+def rows(optimizer, found, shared) -> None:
+    """The same for the rows of a variable that have a gradient, of TensorFlow's `IndexedSlices`."""
+    for variable, gradient, held in found:
+        gradient = backends.repeated_sums(gradient)
+        read = partial(backends.read_rows, gradient.indices)
+        assign = partial(backends.assign_rows, gradient.indices)
+        _update(optimizer, variable, gradient.values, held, shared, read, assign)
+
+
+def flat(optimizer, found, shared) -> None:
+    """The rule once for all variables of a slab."""
+    found = sorted(found, key=lambda one: one[2].slots[0].place)
+    weights, gradients = [], []
+    for variable, gradient, held in found:
+        weights.append(_weight(variable, held, backends.read))
+        gradients.append(_with_l2(backends.read(gradient, held.dtype), weights[-1], held, shared))
+    slots = found[0][2].slots
+    slab, members, dtype = slots[0].slab, [held.slots[0].place for _, _, held in found], found[0][2].dtype
+    values = [slab.read(slot.whole, members, dtype) for slot in slots]
+    step, *values = optimizer.used_rule(_joined(gradients), _joined(weights), *values, at=shared.at, **shared.arguments)
+    for slot, value in zip(slots, values, strict=True):
+        slab.write(slot.whole, members, value)
+    steps = backends.split(step, [slab.sizes[i] for i in members])
+    for (variable, _, held), weight, step in zip(found, weights, steps, strict=True):
+        step = _with_decay(ops.reshape(step, weight.shape), weight, held, shared)
+        _move(optimizer, variable, weight, step, held, optimizer.assign)
+
+
+def kernel(optimizer, found, shared) -> None:
+    """TensorFlow's kernel, in one pass over each weight and its slots."""
+    weights = [backends.native(variable) for variable, _, _ in found]
+    gradients = [backends.read(gradient, held.dtype) for _, gradient, held in found]
+    slots = zip(*([backends.native(slot) for slot in held.slots] for _, _, held in found), strict=True)
+    run = kernels.find(optimizer.traits.kernel, shared.at, shared.arguments)
+    run(weights, gradients, *slots, at=shared.at, **shared.arguments)
+
+
+def island(optimizer, found, shared) -> None:
+    """The plain way, compiled by XLA within a TensorFlow graph that is not."""
+    if backends.is_eager() or not kernels.compiles():
+        plain(optimizer, found, shared)
+    else:
+        kernels.island(lambda: plain(optimizer, found, afresh(shared)))
+
+
+def batches(optimizer, found, shared) -> None:
+    """torch's kernel for many variables at once, or else the rule on batches of as much as stays in the cache."""
+    weights, gradients, slots = [], [], []
+    for variable, gradient, held in found:
+        weights.append(_keras.memory(variable))
+        gradients.append(gradient.contiguous())
+        slots.append([s.view(_keras.memory(s.whole)) if isinstance(s, slabs.Piece) else _keras.memory(s)
+                      for s in held.slots])  # fmt: skip
+    slots = [list(column) for column in zip(*slots, strict=True)]
+    l2, decay = (shared.l2 or 0.0, shared.decay or 0.0) if found[0][2].decayed else (0.0, 0.0)
+    run = kernels.find(optimizer.traits.kernel, shared.at, shared.arguments)
+    if run and (not decay or (not l2 and kernels.takes_decay(run, decay))):
+        decays = {"decay": decay} if decay else {}
+        run(weights, gradients, *slots, at=shared.at, l2=l2, **decays, **shared.arguments)
+        return
+    kernels.tiled(optimizer.used_rule, weights, gradients, slots, l2, decay, shared.at, shared.arguments, run)
 
 
 def average(optimizer, shared, variable, _) -> None:
@@ -106,7 +214,7 @@ def average(optimizer, shared, variable, _) -> None:
     held = optimizer.held(variable)
     if held.average is None:
         return
-    shared, weight = shared[held.dtype], _weight(variable, held)
+    shared, weight = shared[held.dtype], _weight(variable, held, backends.read)
     moved = lerp(backends.read(held.average, held.dtype), weight, shared.share)
     optimizer.assign(held.average, moved)
     if shared.overwrite is not None:
@@ -116,10 +224,47 @@ def average(optimizer, shared, variable, _) -> None:
         optimizer.assign(variable, weight)
 
 
-def _weight(variable, held: Held):
+def _update(optimizer, variable, gradient, held, shared, read, assign) -> None:
+    weight = _weight(variable, held, read)
+    gradient = _with_l2(backends.read(gradient, held.dtype), weight, held, shared)
+    slots = [read(slot, held.dtype) for slot in held.slots]
+    step, *slots = optimizer.used_rule(gradient, weight, *slots, at=shared.at, **shared.arguments)
+    for slot, value in zip(held.slots, slots, strict=True):
+        assign(slot, value)
+    _move(optimizer, variable, weight, _with_decay(step, weight, held, shared), held, assign)
+
+
+def _with_l2(gradient, weight, held, shared):
+    return gradient if shared.l2 is None or not held.decayed else gradient + shared.l2 * weight
+
+
+def _with_decay(step, weight, held, shared):
+    # Not as 1 - learning rate * weight decay, which would round the decay away.
+    return step if shared.decay is None or not held.decayed else step + shared.decay * weight
+
+
+def _move(optimizer, variable, weight, step, held, assign) -> None:
+    constraint = _constraint(optimizer, variable)
+    weight = weight - step
+    if constraint is not None:
+        weight = constraint(weight)
+    if held.master is not None:
+        assign(held.master, weight)
+    assign(variable, weight)
+
+
+def _constraint(optimizer, variable):
+    return getattr(optimizer.trained[optimizer.index_of(variable)], "constraint", None)
+
+
+def _weight(variable, held: Held, read):
     """The weight in the dtype of the arithmetic: the master, but where the variable was assigned from outside."""
     if held.master is None:
-        return backends.read(variable, held.dtype)
+        return read(variable, held.dtype)
     dtype = _keras.dtype_of(variable)
-    master, weight = backends.read(held.master, held.dtype), backends.read(variable, dtype)
+    master, weight = read(held.master, held.dtype), read(variable, dtype)
     return ops.where(ops.equal(ops.cast(master, dtype), weight), master, ops.cast(weight, held.dtype))
+
+
+def _joined(tensors):
+    return ops.concatenate([ops.reshape(tensor, (-1,)) for tensor in tensors])

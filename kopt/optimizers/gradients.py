@@ -189,7 +189,7 @@ def _complaint(optimizer, variable=None) -> str:
 
 
 def _update(optimizer, variables, gradients, count, doubtful) -> None:
-    shared = execution.scalars(optimizer, optimizer.learning_rate)
+    shared = execution.scalars(optimizer, optimizer.rate_now())
     norm = None
     if optimizer.global_clipnorm is not None or optimizer.track_gradient_norm:
         pairs = [(optimizer.held(v), g) for v, g in zip(variables, gradients, strict=True)]
@@ -198,25 +198,35 @@ def _update(optimizer, variables, gradients, count, doubtful) -> None:
         if optimizer.track_gradient_norm:
             optimizer.readings["gradient_norm"].assign(norm[0] * norm[1])
 
-    def update(variable, gradient):
-        held = optimizer.held(variable)
-        gradient = _mean(held, gradient, count)
-        if held.overwritten:
-            optimizer.assign(variable, gradient)
-        else:
-            optimizer.update_step(_clipped(optimizer, gradient, norm, held.dtype), variable, shared)
+    def update(variables, gradients, shared=shared):
+        rule, means = [], []
+        for variable, gradient in zip(variables, gradients, strict=True):
+            held = optimizer.held(variable)
+            gradient = _mean(held, gradient, count)
+            if held.overwritten:
+                optimizer.assign(variable, gradient)
+            else:
+                rule.append(variable)
+                means.append(_clipped(optimizer, gradient, norm, held.dtype))
+        execution.update(optimizer, rule, means, shared)
 
+    at_once = []
     for variable, gradient in zip(variables, gradients, strict=True):
-        one = partial(backends.on_every_copy, update, [variable], [gradient])
         if any(variable is other for other in doubtful):  # it had no gradient now, but may have had one in the window
             met = _int(optimizer.readings["met"])[optimizer.index_of(variable)]
+            own = {dtype: execution.afresh(of_dtype) for dtype, of_dtype in shared.items()}
+            one = partial(backends.on_every_copy, lambda v, g, own=own: update([v], [g], own), [variable], [gradient])
             backends.when(met > 0, one, optimizer.everything)
         else:
-            one()
+            at_once.append((variable, gradient))
+    if backends.strategy() is None:
+        update([v for v, _ in at_once], [g for _, g in at_once])
+    else:
+        backends.on_every_copy(lambda v, g: update([v], [g]), [v for v, _ in at_once], [g for _, g in at_once])
     if optimizer.use_ema:
         move = partial(execution.average, optimizer, shared)
         backends.on_every_copy(move, optimizer.trained, optimizer.trained)
-    optimizer.iterations.assign_add(1)
+    backends.count_up(optimizer.iterations)
 
 
 def _limits(optimizer) -> dict:

@@ -10,14 +10,16 @@ from keras import ops
 from kopt import _keras, checks
 from kopt.numerics import lerp
 from kopt.optimizers.base import Common, Optimizer
-from kopt.optimizers.rule import Choice, Hyper, Slot
+from kopt.optimizers.rule import Choice, Hyper, Slot, elementwise
 
 
+@elementwise()
 def rmsprop(g, w, c, *, at, rho, epsilon):
     c = lerp(c, ops.square(g), 1 - rho)
     return at.learning_rate * g / (ops.sqrt(c) + epsilon), c
 
 
+@elementwise()
 def centered(g, w, s, mean, *, at, rho, epsilon):
     # s is c - mean², carried along by itself: the difference of the two would cancel, and could be negative.
     s = rho * (s + (1 - rho) * ops.square(g - mean))
@@ -25,12 +27,14 @@ def centered(g, w, s, mean, *, at, rho, epsilon):
     return at.learning_rate * g / (ops.sqrt(s) + epsilon), s, mean
 
 
+@elementwise()
 def rmsprop_momentum(g, w, c, v, *, at, rho, epsilon, momentum):
     step, c = rmsprop(g, w, c, at=at, rho=rho, epsilon=epsilon)
     v = momentum * v + step
     return v, c, v
 
 
+@elementwise()
 def centered_momentum(g, w, s, mean, v, *, at, rho, epsilon, momentum):
     step, s, mean = centered(g, w, s, mean, at=at, rho=rho, epsilon=epsilon)
     v = momentum * v + step

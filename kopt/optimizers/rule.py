@@ -17,10 +17,14 @@ class At:
         self.t, self.learning_rate = t, learning_rate
         self._corrections = {}
 
+    def afresh(self):
+        """The same moment within a condition or a function of its own, whose tensors must not get out."""
+        return At(self.t, self.learning_rate)
+
     def correction(self, beta):
-        """`1 - beta**t`, computed once a step however many weights ask for it."""
+        """`1 / (1 - beta**t)`, computed once a step however many weights ask for it."""
         if id(beta) not in self._corrections:
-            self._corrections[id(beta)] = beta, numerics.bias_correction(beta, self.t)
+            self._corrections[id(beta)] = beta, 1 / numerics.bias_correction(beta, self.t)
         return self._corrections[id(beta)][1]
 
 
@@ -36,6 +40,46 @@ class Slot:
         checks.text("name", self.name)
         checks.sentence("doc", self.doc)
         checks.finite("initial", self.initial)
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a rule says of itself, so that it can be run in other ways than one variable after the other."""
+
+    elementwise: bool = False
+    kernel: str | None = None
+    rests: bool = False
+
+
+def elementwise(*, kernel: str | None = None, rests: bool = False):
+    """Declare that a rule treats each entry of a weight by itself, whatever its shape and its neighbours.
+
+    Such a rule may run on many variables laid together, on pieces of one, and on some of its rows. Without it a rule
+    is called for each variable by itself, which is right for a rule that looks at a norm or at a shape.
+
+    Args:
+        kernel: The kernel in `optimizers/kernels.py` that does the same, if there is one.
+        rests: Whether a gradient of zero leaves weight and slots as they are, so that rows without a gradient can be
+            left alone.
+
+    Example:
+        >>> import kopt
+        >>> @kopt.elementwise()
+        ... def sign_descent(g, w, *, at):
+        ...     return (at.learning_rate * keras.ops.sign(g),)
+    """
+    kernel = checks.optional(checks.text)("kernel", kernel)
+    traits = Traits(True, kernel, checks.boolean("rests", rests))
+
+    def declare(rule):
+        rule.traits = traits
+        return rule
+
+    return declare
+
+
+def traits(rule) -> Traits:
+    return getattr(rule, "traits", Traits())
 
 
 MASTER = Slot("master", "the float32 weight behind a 16-bit one")

@@ -11,23 +11,27 @@ from typing import Unpack
 from kopt import _keras, checks
 from kopt.numerics import lerp
 from kopt.optimizers.base import Common, Optimizer
-from kopt.optimizers.rule import Choice, Hyper, Slot
+from kopt.optimizers.rule import Choice, Hyper, Slot, elementwise
 
 
+@elementwise(kernel="sgd", rests=True)
 def sgd(g, w, *, at):
     return (at.learning_rate * g,)
 
 
+@elementwise(kernel="velocity")
 def velocity(g, w, v, *, at, momentum, nesterov):
     v = momentum * v - at.learning_rate * g
     return (at.learning_rate * g - momentum * v if nesterov else -v), v
 
 
+@elementwise(kernel="gradient")
 def gradient(g, w, v, *, at, momentum, nesterov):
     v = momentum * v + g
     return at.learning_rate * (g + momentum * v if nesterov else v), v
 
 
+@elementwise(kernel="average")
 def average(g, w, v, *, at, momentum, nesterov):
     v = lerp(g, v, momentum)
     return at.learning_rate * (lerp(g, v, momentum) if nesterov else v), v

@@ -82,7 +82,7 @@ def _own(optimizer) -> dict:
     """The optimizer's variables by name, in their order: `iteration`, `v:dense.kernel`, `v:dense.kernel#2`."""
     seen: Counter[str] = Counter()
     own = {}
-    for variable in optimizer.variables:
+    for variable in optimizer.parts:
         slot, path = optimizer.named.get(id(variable), (None, None))
         if (slot, path) == ("reading", "nonfinite_waiting"):  # an error of this run, not of the next
             continue
@@ -101,16 +101,24 @@ def _read(optimizer, store) -> dict[str, np.ndarray]:
     own = _own(optimizer)
     for wrapper in WRAPPERS:  # saved under mixed_float16, loaded without it: Keras unwraps
         inner = list(arrays.values())[wrapper:]
-        names = [name for name in own if ":" not in name] if wrapper == WRAPPERS[1] else list(own)
-        if len(names) != len(inner) or inner[0].dtype.kind != "i":  # the first is the iteration
+        variables = optimizer.variables
+        if wrapper == WRAPPERS[1]:
+            variables = [own[name] for name in own if ":" not in name]
+        if len(variables) != len(inner) or inner[0].dtype.kind != "i":  # the first is the iteration
             continue
-        if all(tuple(own[name].shape) == array.shape for name, array in zip(names, inner, strict=True)):
-            return dict(zip(names, inner, strict=True))
+        if all(tuple(v.shape) == array.shape for v, array in zip(variables, inner, strict=True)):
+            held = {id(variable): array for variable, array in zip(variables, inner, strict=True)}
+            return {name: _part(v, held) for name, v in own.items() if id(getattr(v, "whole", v)) in held}
     raise ValueError(
         f"The saved state does not fit {_title(optimizer)}: it was written by another kind of optimizer (or by a "
         "LossScaleOptimizer around one that was built, as this one must be first). Leave it out: "
         "`load_model(..., compile=False)`, `load_weights(..., skip_mismatch=True)`."
     )
+
+
+def _part(variable, held) -> np.ndarray:
+    """The array of a variable, or of a piece of a slab, among those held by the id of the variable."""
+    return variable.cut(held[id(variable.whole)]) if hasattr(variable, "whole") else held[id(variable)]
 
 
 def _matched(optimizer, arrays: dict) -> tuple[dict, list[str]]:
