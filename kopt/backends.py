@@ -148,9 +148,7 @@ def demanded(conditions, complaints, after):
 
 def place(variable):
     """Where a variable is, or None if it is spread over devices."""
-    if BACKEND == "torch":
-        return native(variable).device
-    if BACKEND == "tensorflow":
+    if BACKEND != "jax":
         return native(variable).device
     if getattr(variable, "_layout", None) is not None or len(native(variable).devices()) > 1:
         return None
@@ -167,9 +165,12 @@ def is_eager() -> bool:
     return tf.executing_eagerly()
 
 
-def is_whole(variable) -> bool:
-    """Whether a torch variable lies in memory without gaps, and is there at all."""
-    return native(variable).is_contiguous()
+def subtract(variable, step) -> None:
+    """Take `step` off a variable, in one operation where the backend has it."""
+    if BACKEND == "tensorflow" and hasattr(native(variable), "assign_sub"):
+        native(variable).assign_sub(step)
+    else:
+        variable.assign(read(variable, step.dtype) - step)
 
 
 def split(flat, sizes) -> list:
@@ -182,9 +183,17 @@ def split(flat, sizes) -> list:
 # Replicas of a TensorFlow strategy
 
 
+STRATEGIES = "MirroredStrategy", "OneDeviceStrategy", "TPUStrategy"
+
+
 def strategy():
     """The `tf.distribute` strategy in whose scope this runs, or None."""
     return tf.distribute.get_strategy() if BACKEND == "tensorflow" and tf.distribute.has_strategy() else None
+
+
+def is_strategy(home) -> bool:
+    """Whether this is a strategy that Keras trains under, and not TensorFlow's stand-in for none."""
+    return home is not None and isinstance(home, tuple(getattr(tf.distribute, name) for name in STRATEGIES))
 
 
 def check_strategy(home=None) -> None:
@@ -192,9 +201,8 @@ def check_strategy(home=None) -> None:
     current = strategy()
     if current is None:
         return
-    supported = "MirroredStrategy", "OneDeviceStrategy", "TPUStrategy"
-    if not isinstance(current, tuple(getattr(tf.distribute, name) for name in supported)):
-        allowed = f"one of those that Keras 3 trains under: {', '.join(supported)}"
+    if not is_strategy(current):
+        allowed = f"one of those that Keras 3 trains under: {', '.join(STRATEGIES)}"
         checks.refuse("strategy", allowed, type(current).__name__)
     if home is not None and current is not home:
         checks.refuse("strategy", "the one in whose scope the optimizer was made", type(current).__name__)
@@ -313,6 +321,11 @@ def shape_and_dtype(gradient) -> tuple[tuple | None, str]:
     return shape, keras.backend.standardize_dtype(gradient.dtype)
 
 
+def fits(gradient, variable) -> bool:
+    """Whether a gradient is a torch tensor of floats and of the variable's shape; the short way to say yes."""
+    return BACKEND == "torch" and torch.is_tensor(gradient) and gradient.shape == variable.shape and gradient.is_floating_point()  # fmt: skip
+
+
 def may_equal(shape, other) -> bool:
     """Whether two shapes are the same, as far as the first is known."""
     return shape is None or (
@@ -326,6 +339,8 @@ def cast(gradient, variable, dtype):
     if has_rows(gradient):
         values = tf.ensure_shape(tf.cast(gradient.values, dtype), (None, *shape[1:]))
         return tf.IndexedSlices(values, gradient.indices, tf.constant(shape, "int64"))
+    if BACKEND == "torch" and torch.is_tensor(gradient) and gradient.dtype is getattr(torch, dtype):
+        return gradient
     gradient = ops.cast(gradient, dtype)
     return tf.ensure_shape(gradient, shape) if is_symbolic(gradient) and BACKEND == "tensorflow" else gradient
 

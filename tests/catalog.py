@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import kopt
 from tests import oracles
+from tests.conftest import BACKEND
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Row:
     differs: str = ""  # how the references differ from kopt on purpose
     changes: dict = field(default_factory=dict)  # another value for each number that can change during fit
     fixed: dict = field(default_factory=dict)  # another value for each argument that is fixed by build
+    kernels: tuple[str, ...] = ()  # the backends that have a kernel for it
     rate: float = 0.01  # the learning rate at which the tests run it
 
     def make(self, **more):
@@ -89,18 +91,21 @@ OPTIMIZERS = [
         "sgd",
         kopt.SGD,
         oracles.sgd,
+        kernels=("tensorflow", "torch"),
         slots=(),
         torch=lambda optim, p, **more: optim.SGD(p, 0.01, **more),
         optax=lambda optax: optax.sgd(0.01),
     ),
     sgd(
         "momentum",
+        kernels=("tensorflow", "torch"),
         torch=lambda optim, p, **more: optim.SGD(p, 0.01, momentum=0.9, **more),
         optax=lambda optax: optax.sgd(0.01, momentum=0.9),
         differs="torch and optax keep the rate out of the velocity, which shows only when the rate changes",
     ),
     sgd(
         "nesterov",
+        kernels=("tensorflow",),
         nesterov=True,
         torch=lambda optim, p, **more: optim.SGD(p, 0.01, momentum=0.9, nesterov=True, **more),
         optax=lambda optax: optax.sgd(0.01, momentum=0.9, nesterov=True),
@@ -108,12 +113,14 @@ OPTIMIZERS = [
     ),
     sgd(
         "momentum-gradient",
+        kernels=("tensorflow", "torch"),
         form="gradient",
         torch=lambda optim, p, **more: optim.SGD(p, 0.01, momentum=0.9, **more),
         optax=lambda optax: optax.sgd(0.01, momentum=0.9),
     ),
     sgd(
         "nesterov-gradient",
+        kernels=("tensorflow", "torch"),
         form="gradient",
         nesterov=True,
         torch=lambda optim, p, **more: optim.SGD(p, 0.01, momentum=0.9, nesterov=True, **more),
@@ -121,6 +128,7 @@ OPTIMIZERS = [
     ),
     sgd(
         "momentum-average",
+        kernels=("torch",),
         form="average",
         torch=lambda optim, p, **more: optim.SGD(p, 0.01 * 0.1, momentum=0.9, **more),
         optax=lambda optax: optax.chain(optax.ema(0.9, debias=False), optax.scale(-0.01)),
@@ -138,6 +146,7 @@ OPTIMIZERS = [
         "adagrad",
         kopt.Adagrad,
         oracles.adagrad,
+        kernels=("tensorflow", "torch"),
         slots=("c",),
         torch=lambda optim, p, **more: optim.Adagrad(p, 0.01, eps=1e-7, **more),
         differs="optax adds epsilon inside the root",
@@ -148,6 +157,7 @@ OPTIMIZERS = [
         "adagrad-warm",
         kopt.Adagrad,
         oracles.adagrad,
+        kernels=("tensorflow", "torch"),
         slots=("c",),
         arguments={"initial_accumulator_value": 0.1},
         torch=lambda optim, p, **more: optim.Adagrad(p, 0.01, eps=1e-7, initial_accumulator_value=0.1, **more),
@@ -161,6 +171,7 @@ OPTIMIZERS = [
         "adam",
         kopt.Adam,
         oracles.adam,
+        kernels=("tensorflow", "torch"),
         slots=("m", "v"),
         torch=lambda optim, p, **more: optim.Adam(p, 0.01, eps=1e-7, **more),
         optax=lambda optax: optax.adam(0.01, eps=1e-7),
@@ -171,6 +182,7 @@ OPTIMIZERS = [
         "adam-uncorrected",
         kopt.Adam,
         oracles.adam,
+        kernels=("tensorflow", "torch"),
         slots=("m", "v"),
         arguments={"bias_correction": False},
         torch=lambda optim, p, **more: Uncorrected(optim.Adam(p, 0.01, eps=1e-7, **more)),
@@ -180,6 +192,7 @@ OPTIMIZERS = [
         "amsgrad-uncorrected",
         kopt.Adam,
         oracles.adam,
+        kernels=("torch",),
         slots=("m", "v", "v_max"),
         arguments={"bias_correction": False, "amsgrad": True},
         torch=lambda optim, p, **more: Uncorrected(optim.Adam(p, 0.01, eps=1e-7, amsgrad=True, **more)),
@@ -189,6 +202,7 @@ OPTIMIZERS = [
         "amsgrad",
         kopt.Adam,
         oracles.adam,
+        kernels=("torch",),
         slots=("m", "v", "v_max"),
         arguments={"amsgrad": True},
         torch=lambda optim, p, **more: optim.Adam(p, 0.01, eps=1e-7, amsgrad=True, **more),
@@ -198,6 +212,7 @@ OPTIMIZERS = [
         "adamw",
         kopt.AdamW,
         oracles.adam,
+        kernels=("torch",),
         slots=("m", "v"),
         arguments={"weight_decay": 0.1},
         torch=lambda optim, p, **more: optim.AdamW(p, 0.01, eps=1e-7, weight_decay=0.1, **more),
@@ -225,7 +240,7 @@ COMMON_KINDS = {
     "ema_overwrite_frequency": "count 1?",
     "loss_scale_factor": "positive?",
     "gradient_accumulation_steps": "count 2?",
-    "sparse": "exact|lazy",
+    "sparse": "exact|lazy" if BACKEND == "tensorflow" else "exact",
     "name": "text?",
 }
 ADAM_KINDS = {

@@ -75,7 +75,7 @@ def test_exclusions_by_layer_survive_saving(row, tmp_path):
     model.compile(optimizer, loss="mse")
     fit(model).save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert [h.decayed for h in loaded.optimizer.all_held] == [h.decayed for h in optimizer._held]
+    assert [h.decayed for h in loaded.optimizer.all_held] == [h.decayed for h in optimizer.all_held]
     assert [h.decayed for h in optimizer.all_held] == [True, False, False, False]
 
 

@@ -7,16 +7,12 @@ import numpy as np
 import pytest
 
 import kopt
+from kopt.optimizers import execution
 from tests.catalog import CLASSES, OPTIMIZERS
 from tests.conftest import BACKEND
-from tests.training import (
-    CLIPS,
-    START,
-    STREAM,
-    equal,
-    numpy,
-    train,
-)
+from tests.training import CLIPS, START, STREAM, equal, every_class, every_row, numpy, train
+
+TENSORFLOW = pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has gradients of chosen rows")
 
 INDICES = [1, 0, 1]  # rows that repeat
 
@@ -33,7 +29,7 @@ ROW_CONDITIONS = [
 RUNS = [(row, [{}]) for row in OPTIMIZERS] + [(row, ROW_CONDITIONS) for row in CLASSES]
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has gradients of chosen rows")
+@TENSORFLOW
 @pytest.mark.parametrize(("row", "conditions"), RUNS, ids=[f"{row}-{len(conditions)}" for row, conditions in RUNS])
 @pytest.mark.parametrize("jit", [None, False, True], ids=["eager", "graph", "xla"])
 def test_rows_that_repeat_equal_a_dense_gradient(row, conditions, jit):
@@ -55,7 +51,7 @@ def test_rows_that_repeat_equal_a_dense_gradient(row, conditions, jit):
         np.testing.assert_allclose(numpy([sparse])[0], numpy([dense])[0], rtol=1e-5, atol=1e-6, err_msg=str(more))
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has gradients of chosen rows")
+@TENSORFLOW
 def test_the_sum_of_rows_is_what_is_judged_and_clipped():
     import tensorflow as tf
 
@@ -69,7 +65,7 @@ def test_the_sum_of_rows_is_what_is_judged_and_clipped():
         assert not numpy([w])[0].any()
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has gradients of chosen rows")
+@TENSORFLOW
 @pytest.mark.parametrize("more", [*CLIPS, {"track_gradient_norm": True}, {"nonfinite": "skip"}], ids=str)
 def test_rows_of_which_there_are_not_always_as_many(more):
     keras.utils.set_random_seed(0)
@@ -81,7 +77,7 @@ def test_rows_of_which_there_are_not_always_as_many(more):
     assert not equal(model.variables, before)
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has gradients of chosen rows")
+@TENSORFLOW
 def test_distinct_rows():
     import tensorflow as tf
 
@@ -91,3 +87,116 @@ def test_distinct_rows():
     rows = backends.distinct_rows(tf.IndexedSlices(tf.constant(values), tf.constant(indices), (9, 2)))
     np.testing.assert_array_equal(rows.indices, [0, 2, 7, 0, 0])
     np.testing.assert_array_equal(rows.values, [[6, 7], [10, 12], [4, 6], [0, 0], [0, 0]])
+
+
+# The rows alone
+
+
+def table(rows=300, width=64):
+    return keras.Variable(np.random.default_rng(3).normal(size=(rows, width)).astype("float32"), name="table")
+
+
+def of_rows(step, indices=(7, 2, 7, 0, 299), width=64):
+    import tensorflow as tf
+
+    values = np.random.default_rng(step).normal(size=(len(indices), width)).astype("float32")
+    return tf.IndexedSlices(tf.constant(values), tf.constant(indices), tf.constant((300, width)))
+
+
+def densely(rows):
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(tf.math.unsorted_segment_sum(rows.values, rows.indices, 300))
+
+
+def stepped(optimizer, w, mode, gradients):
+    import tensorflow as tf
+
+    optimizer.build([w])
+    gradients = [g if isinstance(g, tf.IndexedSlices) else tf.convert_to_tensor(g) for g in gradients]
+    step = lambda g: optimizer.apply([g], [w])  # noqa: E731
+    if mode != "eager":
+        step = tf.function(step, jit_compile=mode == "xla")
+    for g in gradients:
+        step(g)
+
+
+ROWS_ONLY = [row for row in OPTIMIZERS if row.name in ("sgd", "adagrad", "adagrad-warm")]
+
+
+@TENSORFLOW
+@pytest.mark.parametrize("width", [64, 3])  # a table by itself, and one of the size that goes into slabs
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("row", ROWS_ONLY, ids=str)
+def test_exact_rows_touch_no_others(row, mode, width, monkeypatch):
+    dense, sparse = table(width=width), table(width=width)
+    taken, ways = [], execution._way
+    monkeypatch.setattr(execution, "_way", lambda *a: taken.append(ways(*a)) or taken[-1])
+    stepped(row.make(), sparse, mode, [of_rows(i, width=width) for i in range(6)])
+    assert {way.__name__ for way, _ in taken} == {"rows"}
+    stepped(row.make(), dense, mode, [densely(of_rows(i, width=width)) for i in range(6)])
+    np.testing.assert_allclose(numpy([sparse])[0], numpy([dense])[0], rtol=2e-6, atol=1e-6)
+    rest = np.setdiff1d(np.arange(300), [0, 2, 7, 299])
+    np.testing.assert_array_equal(numpy([sparse])[0][rest], numpy([table(width=width)])[0][rest])
+
+
+@TENSORFLOW
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@every_row
+def test_lazy_rows_are_updated_as_if_they_were_all(row, mode):
+    chosen = [0, 2, 7, 299]
+    lazy, alone = table(), keras.Variable(numpy([table()])[0][chosen])
+    one, other = row.make(sparse="lazy", weight_decay=0.1), row.make(weight_decay=0.1)
+    stepped(one, lazy, mode, [of_rows(i) for i in range(4)])
+    stepped(other, alone, mode, [densely(of_rows(i)).numpy()[chosen] for i in range(4)])
+    np.testing.assert_allclose(numpy([lazy])[0][chosen], numpy([alone])[0], rtol=1e-5, atol=1e-6)
+    rest = np.setdiff1d(np.arange(300), chosen)
+    np.testing.assert_array_equal(numpy([lazy])[0][rest], numpy([table()])[0][rest])
+    for slot, theirs in zip(one.parts, other.parts, strict=True):
+        if len(slot.shape):
+            initial = row.arguments.get("initial_accumulator_value", 0.0)
+            np.testing.assert_allclose(numpy([slot])[0][chosen], numpy([theirs])[0], rtol=1e-5, atol=1e-6)
+            assert (numpy([slot])[0][rest] == np.float32(initial)).all()
+
+
+@TENSORFLOW
+@every_class
+def test_decay_and_constraints_reach_every_row(row):
+    for more, constraint in (({"weight_decay": 0.5}, None), ({}, keras.constraints.MaxNorm(0.1, axis=0))):
+        dense, sparse = table(), table()
+        dense.constraint = sparse.constraint = constraint
+        stepped(row.make(**more), sparse, "graph", [of_rows(0)])
+        stepped(row.make(**more), dense, "graph", [densely(of_rows(0))])
+        np.testing.assert_allclose(numpy([sparse])[0], numpy([dense])[0], rtol=1e-5, atol=1e-6)
+        assert not np.array_equal(numpy([sparse])[0][1], numpy([table()])[0][1])
+
+
+@TENSORFLOW
+@every_class
+def test_embeddings_in_fit(row):
+    """A lookup that reads the whole table, and one that asks for the rows, train alike; also without any row."""
+    import tensorflow as tf
+
+    class Lookup(keras.layers.Embedding):
+        def call(self, inputs):
+            return tf.gather(self.embeddings.value, inputs)
+
+    weights = []
+    for layer in (keras.layers.Embedding, Lookup):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((2,), dtype="int32"), layer(300, 64), keras.layers.Flatten()])
+        model.compile(row.make(**SPARSE), loss="mse", jit_compile=False)
+        model.fit(np.arange(20).reshape(10, 2) % 7, np.ones((10, 128)), batch_size=4, epochs=2, verbose=0)
+        weights.append(model.get_weights()[0])
+    np.testing.assert_allclose(*weights, rtol=1e-6)
+    assert (weights[0][7:] == weights[1][7:]).all()
+
+
+SPARSE = {"sparse": "lazy"}
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow has gradients of chosen rows")
+def test_lazy_rows_are_refused_where_there_are_none():
+    message = rf'^`sparse` must be "exact" on {BACKEND}, where no gradient has rows. Received: sparse=\'lazy\'$'
+    with pytest.raises(ValueError, match=message):
+        kopt.Adam(sparse="lazy")

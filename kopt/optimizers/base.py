@@ -126,6 +126,11 @@ class Optimizer(_keras.OptimizerBridge):
                 self.known[argument] = value
         self.__dict__["ready"] = True
 
+    def __init_subclass__(cls, **arguments):
+        super().__init_subclass__(**arguments)
+        if "update_step" in vars(cls):
+            raise TypeError(f"`{cls.__name__}` must give a `rule` and `slots` instead of `update_step`")
+
     @classmethod
     def declared(cls) -> dict[str, Argument]:
         """The arguments that are a `Hyper` or a `Choice`, those of the constructor's signature first."""
@@ -144,6 +149,8 @@ class Optimizer(_keras.OptimizerBridge):
         if arguments["ema_overwrite_frequency"] is not None and not arguments["use_ema"]:
             allowed = "None without `use_ema=True`"
             checks.refuse("ema_overwrite_frequency", allowed, arguments["ema_overwrite_frequency"])
+        if arguments["sparse"] == "lazy" and backends.BACKEND != "tensorflow":
+            checks.refuse("sparse", f'"exact" on {backends.BACKEND}, where no gradient has rows', "lazy")
         clips = [name for name in gradients.CLIPS if arguments[name] is not None]
         if len(clips) > 1:
             checks.refuse(clips[1], f"None beside `{clips[0]}`", arguments[clips[1]])
@@ -178,6 +185,7 @@ class Optimizer(_keras.OptimizerBridge):
                 self.readings[name] = self.add_variable(shape, dtype=dtype, aggregation="only_first_replica", name=name)
                 self.named[id(self.readings[name])] = "reading", name
             self.__dict__["all_held"] = execution.hold(self, variables, excluded)
+            self.__dict__["held_of"] = dict(zip(map(id, variables), self.all_held, strict=True))  # the quick way to it
             if self.use_ema:
                 self.show_averages(variables, [held.average for held in self.all_held])
             if self.exclude_from_decay:
@@ -216,7 +224,8 @@ class Optimizer(_keras.OptimizerBridge):
 
     def held(self, variable) -> execution.Held:
         """What the optimizer keeps for a variable."""
-        return self.all_held[self.index_of(variable)]
+        held = self.held_of.get(id(variable))
+        return self.all_held[self.index_of(variable)] if held is None else held
 
     def apply(self, grads, trainable_variables=None):
         """Do one step. `optimizers/gradients.py` says what happens in it, in order.
@@ -243,7 +252,11 @@ class Optimizer(_keras.OptimizerBridge):
 
     def _check_known(self, variables) -> None:
         backends.check_strategy(self.home)
-        unknown = [_keras.path_of(variable) for variable in variables if self.index_of(variable) is None]
+        unknown = [
+            _keras.path_of(variable)
+            for variable in variables
+            if id(variable) not in self.held_of and self.index_of(variable) is None
+        ]
         if unknown:
             known = [_keras.path_of(variable) for variable in self.trained[:3]]
             allowed = f"among the {len(self.trained)} that the optimizer was built with ({', '.join(known)}, ...)"
@@ -254,7 +267,8 @@ class Optimizer(_keras.OptimizerBridge):
     def update_step(self, gradient, variable, learning_rate):
         """Update one variable. `learning_rate` is a rate, or what `execution.scalars` made of it for the whole step."""
         shared = learning_rate if isinstance(learning_rate, dict) else execution.scalars(self, learning_rate)
-        execution.update(self, [variable], [gradient], shared)
+        with backends.unrecorded():
+            execution.update(self, [variable], [gradient], shared)
 
     def finalize_variable_values(self, var_list):
         """Raise what `nonfinite="raise"` has left to say; replace the variables by their averages."""

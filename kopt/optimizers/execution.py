@@ -108,32 +108,34 @@ def afresh(shared: Shared) -> Shared:
 
 def update(optimizer, variables, gradients, shared: dict[str, Shared]) -> None:
     """Update the variables, each in the fastest way that there is for it."""
+    if not variables:
+        return
+    alone = not optimizer.traits.elementwise or backends.strategy() is not None
+    # A `keras.StatelessScope` keeps what is assigned; then no variable may be changed in place.
+    kept = optimizer.stateless or backends.native(variables[0]) is not _keras.memory(variables[0])
     together: dict[tuple, list] = {}
     for variable, gradient in zip(variables, gradients, strict=True):
         held = optimizer.held(variable)
-        way, key = _way(optimizer, variable, gradient, held, shared[held.dtype])
+        way, key = (plain, None) if alone else _way(optimizer, variable, gradient, held, shared[held.dtype], kept)
         together.setdefault((way, held.dtype, key), []).append((variable, gradient, held))
     for (way, dtype, _), found in together.items():
         way(optimizer, found, shared[dtype])
 
 
-def _way(optimizer, variable, gradient, held, shared):
+def _way(optimizer, variable, gradient, held, shared, kept):
     """How to update a variable, and what those must have in common that are updated together."""
-    if not optimizer.traits.elementwise or backends.strategy() is not None:
-        return plain, None
-    constrained = _constraint(optimizer, variable) is not None
+    single = held.master is not None or _constraint(optimizer, variable) is not None
+    if backends.BACKEND == "torch":
+        if single or kept or not _keras.memory(variable).is_contiguous():
+            return plain, None
+        return batches, (_keras.memory(variable).device, held.decayed)
     changes = held.decayed and (shared.l2 is not None or shared.decay is not None)  # beside the rule
-    if backends.has_rows(gradient) and not constrained:
+    if backends.has_rows(gradient) and _constraint(optimizer, variable) is None:
         if optimizer.sparse == "lazy" or (optimizer.traits.rests and not changes):
             return rows, None
-    # A `keras.StatelessScope` keeps what is assigned; then no variable may be changed in place.
-    stateless = optimizer.stateless or backends.native(variable) is not _keras.memory(variable)
-    if backends.BACKEND == "torch":
-        alone = constrained or stateless or held.master is not None or not backends.is_whole(variable)
-        return (plain, None) if alone else (batches, (backends.place(variable), held.decayed))
     if held.slots and isinstance(held.slots[0], slabs.Piece):
         return flat, held.slots[0].slab
-    if backends.BACKEND != "tensorflow" or constrained or held.master is not None or stateless:
+    if backends.BACKEND != "tensorflow" or single or kept:
         return plain, None
     if not changes and kernels.find(optimizer.traits.kernel, shared.at, shared.arguments):
         return kernel, None
@@ -170,8 +172,11 @@ def flat(optimizer, found, shared) -> None:
         slab.write(slot.whole, members, value)
     steps = backends.split(step, [slab.sizes[i] for i in members])
     for (variable, _, held), weight, step in zip(found, weights, steps, strict=True):
-        step = _with_decay(ops.reshape(step, weight.shape), weight, held, shared)
-        _move(optimizer, variable, weight, step, held, optimizer.assign)
+        step = ops.reshape(step, variable.shape)
+        if held.master is None and _constraint(optimizer, variable) is None and not _decays(held, shared):
+            backends.subtract(variable, step)
+        else:
+            _move(optimizer, variable, weight, _with_decay(step, weight, held, shared), held, optimizer.assign)
 
 
 def kernel(optimizer, found, shared) -> None:
@@ -240,7 +245,11 @@ def _with_l2(gradient, weight, held, shared):
 
 def _with_decay(step, weight, held, shared):
     # Not as 1 - learning rate * weight decay, which would round the decay away.
-    return step if shared.decay is None or not held.decayed else step + shared.decay * weight
+    return step + shared.decay * weight if _decays(held, shared) else step
+
+
+def _decays(held, shared) -> bool:
+    return held.decayed and shared.decay is not None
 
 
 def _move(optimizer, variable, weight, step, held, assign) -> None:
@@ -254,7 +263,9 @@ def _move(optimizer, variable, weight, step, held, assign) -> None:
 
 
 def _constraint(optimizer, variable):
-    return getattr(optimizer.trained[optimizer.index_of(variable)], "constraint", None)
+    if backends.strategy() is not None:  # a replica's own copy has none
+        variable = optimizer.trained[optimizer.index_of(variable)]
+    return getattr(variable, "constraint", None)
 
 
 def _weight(variable, held: Held, read):

@@ -48,7 +48,7 @@ def check(gradients, variables) -> None:
         allowed = f"one for each of the {len(variables)} variables, None where there is none"
         checks.refuse("grads", allowed, f"a list of {len(gradients)}")
     for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
-        if gradient is not None:
+        if gradient is not None and not backends.fits(gradient, variable):
             shape, dtype = backends.shape_and_dtype(gradient)
             if "float" not in dtype or not backends.may_equal(shape, variable.shape):
                 allowed = f"of floats and of shape {tuple(variable.shape)}, like {_keras.path_of(variable)!r}"

@@ -17,13 +17,13 @@ MEMBERS = 64  # variables in a slab at most: the time to compile grows faster th
 
 def layout(variables, home) -> list[list[int]]:
     """The positions of the variables that share a slab."""
-    if home is not None or keras.distribution.distribution() is not None:
+    if backends.is_strategy(home) or keras.distribution.distribution() is not None:
         return []
     alike: dict[tuple, list[int]] = {}
     for i, variable in enumerate(variables):
-        if 0 < np.prod(variable.shape) <= SMALL and not getattr(variable, "overwrite_with_gradient", False):
-            if (place := backends.place(variable)) is not None:
-                alike.setdefault((backends.wide(_keras.dtype_of(variable)), place), []).append(i)
+        overwritten, place = getattr(variable, "overwrite_with_gradient", False), backends.place(variable)
+        if 0 < np.prod(variable.shape) <= SMALL and not overwritten and place is not None:
+            alike.setdefault((backends.wide(_keras.dtype_of(variable)), place), []).append(i)
     groups = [found[i : i + MEMBERS] for found in alike.values() for i in range(0, len(found), MEMBERS)]
     return [group for group in groups if len(group) > 1]
 

@@ -61,7 +61,7 @@ def arms(rule, shapes, xla):
         "Keras": lambda: of_keras(theirs(**arguments), shapes, xla),
     }
     if BACKEND == "tensorflow" and rule in KERNELS:
-        found["TensorFlow's kernel"] = lambda: of_tensorflow(KERNELS[rule], shapes, xla)
+        found["TensorFlow's kernel"] = lambda: of_tensorflow(rule, shapes, xla)
     if BACKEND == "jax" and (made := of_optax(rule, arguments)) is not None:
         found["optax"] = lambda: step_of_optax(made, shapes)
     if BACKEND == "torch" and not {"clipnorm", "global_clipnorm"} & arguments.keys():
@@ -76,7 +76,7 @@ def state_bytes(rule, shapes) -> float:
     name, arguments, _ = RULES[rule]
     optimizer = getattr(kopt, name)(**arguments)
     optimizer.build([keras.Variable(value) for value in filled(shapes, 1.0)])
-    kept = sum(4 * int(np.prod(v.shape)) for v in optimizer.variables if v.shape)
+    kept = sum(4 * int(np.prod(v.shape)) for v in optimizer.variables if len(v.shape))
     return kept / sum(int(np.prod(shape)) for shape in shapes)
 
 
@@ -85,7 +85,7 @@ def of_keras(optimizer, shapes, xla):
     gradients = [keras.ops.convert_to_tensor(value) for value in filled(shapes, 0.01)]
     optimizer.build(variables)
     if BACKEND == "tensorflow":
-        return in_graph(lambda *g: optimizer.apply(list(g), variables), gradients, variables[-1].value, xla)
+        return in_graph(lambda: optimizer.apply(gradients, variables), variables[-1].value, xla)
     if BACKEND == "jax":
         import jax
 
@@ -94,12 +94,12 @@ def of_keras(optimizer, shapes, xla):
     return synchronized(lambda: optimizer.apply(gradients, variables))
 
 
-def in_graph(step, gradients, last, xla):
-    """A compiled step of TensorFlow, whose gradients are arguments, as few calls to Python as can be."""
+def in_graph(step, last, xla):
+    """A compiled step of TensorFlow; it captures its gradients, since Python takes long over many arguments."""
     import tensorflow as tf
 
     function = tf.function(step, jit_compile=xla, autograph=False)
-    return lambda: (function(*gradients), last[..., :1].numpy())
+    return lambda: (function(), tf.reshape(last, [-1])[0].numpy())
 
 
 def in_turn(step, weights, state, gradients):
@@ -122,13 +122,12 @@ def synchronized(step):
 # TensorFlow's own kernels, with a state of their own
 
 KERNELS = {"SGD": 0, "momentum": 1, "Nesterov": 1, "Adagrad": 1, "Adam": 2}  # rule -> slots
-KERNELS = {rule: (rule, slots) for rule, slots in KERNELS.items()}
 
 
-def of_tensorflow(kernel, shapes, xla):
+def of_tensorflow(rule, shapes, xla):
     import tensorflow as tf
 
-    raw, (rule, slots) = tf.raw_ops, kernel
+    raw, slots = tf.raw_ops, KERNELS[rule]
     variables = [tf.Variable(value) for value in filled(shapes, 1.0)]
     gradients = [tf.constant(value) for value in filled(shapes, 0.01)]
     states = [[tf.Variable(value) for value in filled(shapes, 0.0)] for _ in range(slots)]
@@ -149,11 +148,11 @@ def of_tensorflow(kernel, shapes, xla):
                 var=w.handle, accum=s[0].handle, lr=rate, grad=g, momentum=0.9, use_nesterov=rule == "Nesterov"
             )
 
-    def step(*gradients):
+    def step():
         for w, g, *s in zip(variables, gradients, *states, strict=True):
             one(w, g, *s)
 
-    return in_graph(step, gradients, variables[-1], xla)
+    return in_graph(step, variables[-1], xla)
 
 
 # optax

@@ -1,102 +1,170 @@
-"""Time an optimizer's step by itself, kopt's beside Keras's, on the backend in KERAS_BACKEND.
+"""Time an optimizer's step by itself, kopt's beside its rivals, on the backend in KERAS_BACKEND.
 
 The arms take turns, run by run, and kopt's arm is there twice: what it differs from itself is the noise. Read the
-ratios; the milliseconds belong to one machine on one day.
+ratios; the milliseconds belong to one machine on one day. `GB/s` is the least that a step must move (each weight,
+gradient and slot once) over its time, and the share of it is that of what this machine copies in the same time.
 """
 
 import argparse
 import json
-import os
+import platform
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import keras
 import numpy as np
 
-import kopt
-
-BACKEND = keras.backend.backend()
-RULES = {  # rule -> kopt's, Keras's
-    "SGD": (lambda: kopt.SGD(0.01), lambda: keras.optimizers.SGD(0.01)),
-    "momentum": (lambda: kopt.SGD(0.01, momentum=0.9), lambda: keras.optimizers.SGD(0.01, momentum=0.9)),
-    "Adagrad": (lambda: kopt.Adagrad(0.01), lambda: keras.optimizers.Adagrad(0.01)),
-    "RMSprop": (lambda: kopt.RMSprop(0.01), lambda: keras.optimizers.RMSprop(0.01)),
-    "Adam": (lambda: kopt.Adam(0.01), lambda: keras.optimizers.Adam(0.01)),
-    "AdamW": (lambda: kopt.AdamW(0.01), lambda: keras.optimizers.AdamW(0.01)),
-    "clipnorm": (lambda: kopt.Adam(clipnorm=1.0), lambda: keras.optimizers.Adam(clipnorm=1.0)),
-    "global_clipnorm": (lambda: kopt.Adam(global_clipnorm=1.0), lambda: keras.optimizers.Adam(global_clipnorm=1.0)),
-}
-SHAPES = {"12 variables, 25 M": [(1448, 1448)] * 12, "80 variables, 0.3 M": [(64, 64)] * 80}
-SMOKE_SHAPES = {"12 variables, 0.8 M": [(256, 256)] * 12}
+from tests.bench import arms, embedding, memory
+from tests.bench.arms import BACKEND, RULES, SHAPES, SMOKE_SHAPES
 
 
-def stepper(optimizer, shapes, jit):
-    """A function that does one step and waits for it."""
-    variables = [keras.Variable(np.ones(shape, "float32")) for shape in shapes]
-    gradients = [keras.ops.convert_to_tensor(np.full(shape, 0.01, "float32")) for shape in shapes]
-    optimizer.build(variables)
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        step = tf.function(lambda *g: optimizer.apply(list(g), variables), jit_compile=jit)
-        return lambda: (step(*gradients), variables[-1].numpy()[0, 0])
-    if BACKEND == "jax":
-        import jax
-
-        step = jax.jit(lambda w, state: optimizer.stateless_apply(state, gradients, w), donate_argnums=(0, 1))
-        held = [[v.value for v in variables], [v.value for v in optimizer.variables]]
-
-        def run():
-            held[:] = jax.block_until_ready(step(*held))
-
-        return run
-    return lambda: (optimizer.apply(gradients, variables), variables[-1].value.detach()[0, 0].item())
-
-
-def measure(arms, repeats):
-    """Milliseconds of a step for each arm: first call, and median over interleaved runs."""
+def measure(steps, repeats):
+    """For each arm the milliseconds of its first call, of the median run, and of the quartiles."""
     first = {}
-    for name, step in arms.items():
+    for name, step in steps.items():
         start = time.perf_counter()
         step()
         first[name] = 1e3 * (time.perf_counter() - start)
-    runs = {name: [] for name in arms}
+        step()
+    runs = {name: [] for name in steps}
     for _ in range(repeats):
-        for name, step in arms.items():
+        for name, step in steps.items():
             start = time.perf_counter()
             step()
             runs[name].append(1e3 * (time.perf_counter() - start))
-    return {name: {"first_ms": first[name], "ms": float(np.median(times))} for name, times in runs.items()}
+    return {
+        name: {"first_ms": first[name], "ms": float(np.median(times)), "quartiles": np.percentile(times, [25, 75]).tolist()}
+        for name, times in runs.items()
+    }  # fmt: skip
+
+
+def device() -> str:
+    if BACKEND == "jax":
+        import jax
+
+        return str(jax.devices()[0].device_kind)
+    if BACKEND == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name()
+    return f"cpu, {len(__import__('os').sched_getaffinity(0))} cores, {platform.machine()}"
+
+
+def copy_bandwidth(megabytes) -> float:
+    """GB/s, reading and writing, of a copy of this size by the backend's device."""
+    n = megabytes * 250_000
+    if BACKEND == "torch" and "cpu" not in device():
+        import torch
+
+        a, b = torch.ones(n, device="cuda"), torch.ones(n, device="cuda")
+        copy = lambda: (b.copy_(a), torch.cuda.synchronize())  # noqa: E731
+    elif BACKEND == "jax" and "cpu" not in device().lower():
+        import jax
+
+        held, double = [jax.numpy.ones(n)], jax.jit(lambda x: x * 1.0001, donate_argnums=0)
+        copy = lambda: held.__setitem__(0, jax.block_until_ready(double(held[0])))  # noqa: E731
+    else:
+        a, b = np.ones((2, n // 2), "float32"), np.ones((2, n // 2), "float32")
+        pool = ThreadPoolExecutor(2)
+        copy = lambda: list(pool.map(np.copyto, b, a))  # noqa: E731
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        copy()
+        times.append(time.perf_counter() - start)
+    return 8 * n / np.median(times[2:]) / 1e9
+
+
+def row(rule, shape_name, shapes, xla, repeats, bandwidth):
+    steps = {name: make() for name, make in arms.arms(rule, shapes, xla).items()}
+    times = measure(steps, repeats)
+    moved = RULES[rule][2] * sum(int(np.prod(shape)) for shape in shapes)
+    for time_ in times.values():
+        time_["GB/s"] = moved / time_["ms"] / 1e6
+        time_["of_copy"] = time_["GB/s"] / bandwidth
+    ours, again = times["kopt"]["ms"], times["kopt again"]["ms"]
+    return {
+        "backend": BACKEND,
+        "shapes": shape_name,
+        "xla": xla,
+        "rule": rule,
+        "times": times,
+        "ratios": {name: ours / time_["ms"] for name, time_ in times.items() if "kopt" not in name},
+        "noise": abs(again / ours - 1),
+        "state_bytes": arms.state_bytes(rule, shapes),
+    }
+
+
+def mode(result) -> str:
+    return {"tensorflow": "TensorFlow, XLA" if result["xla"] else "TensorFlow", "jax": "JAX"}.get(BACKEND, "torch")
+
+
+def printed(result) -> str:
+    head = f"{mode(result):16} {result['shapes']:21} {result['rule']:15}"
+    ours = result["times"]["kopt"]
+    line = f"{head} kopt {ours['ms']:7.2f} ms (first {ours['first_ms']:.0f}), {ours['GB/s']:.1f} GB/s, "
+    line += f"{ours['of_copy']:.0%} of a copy, {result['state_bytes']:.0f} B state, A/A {result['noise']:.0%}"
+    for name, ratio in result["ratios"].items():
+        theirs = result["times"][name]
+        line += (
+            f"\n{'':38} {name:>19} {theirs['ms']:7.2f} (first {theirs['first_ms']:.0f}): kopt is at {ratio:.2f} of it"
+        )
+    return line
+
+
+def tables(results) -> str:
+    """The rows of the table in README.md."""
+    rivals = list(dict.fromkeys(name for result in results for name in result["ratios"]))
+    lines = [
+        " | ".join(["| backend", "variables", "rule", "kopt, ms", *rivals]) + " |",
+        "|---" * (4 + len(rivals)) + "|",
+    ]
+    for result in results:
+        cells = [mode(result), result["shapes"], result["rule"], f"{result['times']['kopt']['ms']:.2f}"]
+        for rival in rivals:
+            there = result["times"].get(rival)
+            cells.append(f"{there['ms']:.2f} ({result['ratios'][rival]:.2f})" if there else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="small shapes, few runs")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--only", choices=["step", "embedding", "memory"], help="only one of the three parts")
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
-    results = []
-    print(f"Keras {keras.__version__} on {BACKEND}; milliseconds a step, and kopt's share of Keras's")
-    for shape_name, shapes in (SMOKE_SHAPES if args.smoke else SHAPES).items():
-        for jit in (False, True) if BACKEND == "tensorflow" else (BACKEND == "jax",):
-            for rule in args.rules:
-                ours, theirs = RULES[rule]
-                arms = {"kopt": ours, "Keras": theirs, "kopt again": ours}
-                arms = {name: stepper(make(), shapes, jit) for name, make in arms.items()}
-                times = measure(arms, repeats=5 if args.smoke else 15)
-                row = {"shapes": shape_name, "xla": jit, "rule": rule, "times": times}
-                row["ratio"] = times["kopt"]["ms"] / times["Keras"]["ms"]
-                row["noise"] = abs(times["kopt again"]["ms"] / times["kopt"]["ms"] - 1)
-                results.append(row)
-                arm = {name: f"{time['ms']:8.2f} (first {time['first_ms']:.0f})" for name, time in times.items()}
-                line = f"{shape_name:22} {'XLA' if jit else 'no XLA':6} {rule:15} "
-                line += f"kopt {arm['kopt']:22} Keras {arm['Keras']:22} "
-                print(line + f"ratio {row['ratio']:5.2f}, noise {row['noise']:.0%}", flush=True)
+    if args.smoke:
+        args.repeats, args.rules = 5, ["SGD", "RMSprop", "Adam", "AdamW"]
+    shapes = SMOKE_SHAPES if args.smoke else {name: SHAPES[name] for name in args.shapes}
+    bandwidth = copy_bandwidth(20 if args.smoke else 200)
+    found = {"device": device(), "copy_GB/s": bandwidth, "keras": keras.__version__, "backend": BACKEND}
+    print(f"Keras {keras.__version__} on {BACKEND}, {found['device']}; a copy runs at {bandwidth:.1f} GB/s", flush=True)
+    if args.only in (None, "step"):
+        found["step"] = []
+        for shape_name, those in shapes.items():
+            for xla in (False, True) if BACKEND == "tensorflow" else (BACKEND == "jax",):
+                for rule in args.rules:
+                    found["step"].append(row(rule, shape_name, those, xla, args.repeats, bandwidth))
+                    print(printed(found["step"][-1]), flush=True)
+    if args.only in (None, "embedding") and BACKEND == "tensorflow":
+        found["embedding"] = embedding.main(args.smoke)
+    if args.only in (None, "memory"):
+        found["memory"] = memory.main(args.smoke)
+    if found.get("step"):
+        print(f"\nMilliseconds, and kopt's share of theirs:\n\n{tables(found['step'])}")
     if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
-    return results
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
 if __name__ == "__main__":

@@ -1,0 +1,327 @@
+"""The fast ways to run a rule against the plain one: the same numbers, fewer operations, no more memory."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import kopt
+from kopt.optimizers import execution, kernels, slabs
+from tests.catalog import OPTIMIZERS
+from tests.conftest import BACKEND
+from tests.training import MODES, STREAM, equal, every_class, every_mode, every_row, numpy, same, train
+
+TENSORFLOW = pytest.mark.skipif(BACKEND != "tensorflow", reason="what is looked at is TensorFlow's")
+JAX = pytest.mark.skipif(BACKEND != "jax", reason="what is looked at is JAX's")
+TORCH = pytest.mark.skipif(BACKEND != "torch", reason="what is looked at is torch's")
+IN_PLACE = pytest.mark.skipif(BACKEND == "jax", reason="JAX has no kernels: XLA makes one of each rule")
+
+SHAPES = {"large": (130, 131), "a": (2, 3), "b": (5,), "larger": (65, 262), "c": ()}  # large: more than slabs.SMALL
+CONDITIONS = {
+    "alone": {},
+    "with decay": {"weight_decay": 0.1, "l2": 0.1, "exclude_from_decay": ["b$", "larger"]},
+    "with a clip, skipping": {"global_clipnorm": 3.0, "nonfinite": "skip"},
+}
+
+
+def variables():
+    rng = np.random.default_rng(0)
+    return [keras.Variable(rng.normal(size=shape).astype("float32"), name=name) for name, shape in SHAPES.items()]
+
+
+def stream(steps=20, spoilt=False):
+    rng = np.random.default_rng(1)
+    gradients = [[rng.normal(size=shape).astype("float32") for shape in SHAPES.values()] for _ in range(steps)]
+    if spoilt:
+        gradients[3][0][1, 1] = np.nan
+        gradients[7][1][0, 0] = np.inf
+    return gradients
+
+
+def spied(monkeypatch):
+    """The names of the ways that are taken."""
+    taken, ways = set(), execution._way
+
+    def way(*arguments):
+        chosen, key = ways(*arguments)
+        taken.add(chosen.__name__)
+        return chosen, key
+
+    monkeypatch.setattr(execution, "_way", way)
+    return taken
+
+
+def plainly(monkeypatch):
+    """From here on every variable has slots of its own and is updated in the plain way."""
+    monkeypatch.setattr(execution, "_way", lambda *_: (execution.plain, None))
+    monkeypatch.setattr(slabs, "layout", lambda *_: [])
+
+
+def close(ours, theirs, tolerance=2e-6):
+    """A few units in the last place, after 20 steps of which each may differ by one."""
+    for a, b in zip(numpy(ours), numpy(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * 0.5)
+
+
+@every_row
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("xla", "stateless")])
+def test_every_way_equals_the_plain_one(row, condition, mode, monkeypatch):
+    equals_the_plain_way(row, mode, CONDITIONS[condition], monkeypatch)
+
+
+@pytest.mark.skipif("xla" not in MODES, reason="JAX always has XLA, torch never")
+@every_class
+def test_every_way_equals_the_plain_one_under_xla(row, monkeypatch):
+    equals_the_plain_way(row, "xla", CONDITIONS["with decay"], monkeypatch)
+    equals_the_plain_way(row, "xla", {}, monkeypatch)
+
+
+def equals_the_plain_way(row, mode, more, monkeypatch):
+    given = stream(spoilt="nonfinite" in more)
+    with monkeypatch.context() as patch:
+        taken, fast, ours = spied(patch), variables(), row.make(**more)
+        train(mode, ours, fast, given)
+    with monkeypatch.context() as patch:
+        plainly(patch)
+        slow, theirs = variables(), row.make(**more)
+        train(mode, theirs, slow, given)
+    fast_ways = {"tensorflow": {"kernel" if "kernel" in taken else "island"}, "jax": set(), "torch": {"batches"}}[
+        BACKEND
+    ]
+    slabbed = {"flat"} if row.slots and BACKEND != "torch" else set()
+    assert taken - {"plain"} >= fast_ways | slabbed
+    close(fast, slow)
+    close([part for part in ours.parts if len(part.shape)], [part for part in theirs.parts if len(part.shape)])
+
+
+@IN_PLACE
+@every_row
+def test_kernels_are_used_where_there_are_any(row):
+    optimizer = row.make()
+    optimizer.build([keras.Variable(np.ones(3, "float32"))])
+    shared = execution.scalars(optimizer, optimizer.learning_rate)["float32"]
+    found = kernels.find(optimizer.traits.kernel, shared.at, shared.arguments)
+    beside = shared.decay is not None and BACKEND == "tensorflow"  # decay is not for TensorFlow's kernels
+    assert (found is not None and not beside) == (BACKEND in row.kernels)
+
+
+@every_row
+@every_mode
+def test_a_slab_without_some_of_its_variables(row, mode, monkeypatch):
+    """Those without a gradient stay as they are, to the bit, and the others go on as if alone."""
+    more = {"weight_decay": 0.1, "exclude_from_decay": "a$"}
+    given = [[g[0], g[1], None, g[3], g[4]] for g in stream(3)] if mode != "stateless" else stream(3)
+    given = [stream(1)[0], *given]
+    fast, ours = variables(), row.make(**more)
+    plain, theirs = variables(), row.make(**more)
+    with pytest.warns(UserWarning, match="Gradients do not exist") if mode != "stateless" else _nothing():
+        train(mode, ours, fast, given)
+        with monkeypatch.context() as patch:
+            plainly(patch)
+            train(mode, theirs, plain, given)
+    close(fast, plain)
+    if mode != "stateless":
+        alone, first = variables(), row.make(**more)
+        train(mode, first, alone, given[:1])
+        assert equal([fast[2]], [alone[2]])
+        of_b = [[p for p in o.parts if o.named.get(id(p), ("", ""))[1].endswith("b")] for o in (ours, first)]
+        assert len(of_b[0]) == len(row.slots)
+        assert equal(*of_b)
+
+
+class _nothing:  # noqa: N801
+    def __enter__(self): ...
+    def __exit__(self, *_): ...
+
+
+@every_class
+def test_update_step_works_by_itself(row):
+    optimizer, other, ones, others = row.make(), row.make(), variables(), variables()
+    optimizer.build(ones)
+    for gradients in stream(3):
+        gradients = [ops.convert_to_tensor(g) for g in gradients]
+        other.apply(gradients, others)
+        for gradient, variable in zip(gradients, ones, strict=True):
+            optimizer.update_step(gradient, variable, optimizer.learning_rate)
+        optimizer.iterations.assign_add(1)
+    close(ones, others)
+
+
+def test_a_rule_of_ones_own_runs_plainly_unless_it_says_more(monkeypatch):
+    def by_norm(g, w, *, at):
+        return (at.learning_rate * g / ops.norm(ops.reshape(g, (-1,))),)
+
+    class ByNorm(kopt.Optimizer):
+        rule = staticmethod(by_norm)
+
+    class Signs(kopt.Optimizer):
+        rule = staticmethod(kopt.elementwise()(lambda g, w, *, at: (at.learning_rate * ops.sign(g),)))
+
+    for cls, step in ((ByNorm, lambda g: g / np.linalg.norm(g)), (Signs, np.sign)):
+        mine, before = variables(), numpy(variables())
+        train(MODES[-1] if BACKEND != "torch" else "eager", cls(0.1), mine, stream(1))
+        for w, start, g in zip(numpy(mine), before, stream(1)[0], strict=True):
+            np.testing.assert_allclose(w, start - 0.1 * step(g), rtol=1e-5, atol=1e-6)
+
+    with pytest.raises(TypeError, match="^`Own` must give a `rule` and `slots` instead of `update_step`$"):
+        type("Own", (kopt.Optimizer,), {"update_step": lambda *_: None})
+
+
+# State
+
+
+@every_row
+def test_state_is_what_the_slots_declare(row):
+    optimizer = row.make()
+    optimizer.build(variables())
+    weights = sum(int(np.prod(shape)) for shape in SHAPES.values())
+    arrays = [v for v in optimizer.variables if len(v.shape)]
+    assert sum(int(np.prod(v.shape)) for v in arrays) == weights * len(row.slots)
+    assert len(arrays) == 3 * len(row.slots)  # two large variables, and a slab for the three small
+
+
+@every_class
+def test_a_file_knows_nothing_of_slabs(row, monkeypatch):
+    fast, ours, file = variables(), row.make(), {}
+    train("eager", ours, fast, stream(2))
+    ours.save_own_variables(file)
+    names = [name.split(":", 1)[1] for name in file]
+    assert [name for name in names if ":" in name] == [f"{slot}:{v}" for v in SHAPES for slot in row.slots]
+    assert all(tuple(file[key].shape) == SHAPES[key.split(":")[2]] for key in file if key.count(":") == 2)
+    for slabbed in (True, False):
+        with monkeypatch.context() as patch:
+            if not slabbed:
+                plainly(patch)
+            again, theirs, back = variables(), row.make(), {}
+            for variable, value in zip(again, fast, strict=True):
+                variable.assign(value)
+            theirs.build(again)
+            theirs.load_own_variables(file)
+            theirs.save_own_variables(back)
+        assert same({k: np.asarray(v) for k, v in file.items()}, {k: np.asarray(v) for k, v in back.items()})
+
+
+def test_slabs_follow_sizes_alone():
+    def shapes(*sizes):
+        return [keras.Variable(np.zeros(size, "float32")) for size in sizes]
+
+    assert slabs.layout(shapes(3, slabs.SMALL, 4, slabs.SMALL + 1, 0), None) == [[0, 1, 2]]
+    assert [len(group) for group in slabs.layout(shapes(*[2] * 130), None)] == [64, 64, 2]
+    assert slabs.layout(shapes(3, slabs.SMALL + 1), None) == []  # nobody to share with
+    mixed = [*shapes(3, 4), *(keras.Variable(np.zeros(2), dtype="float16") for _ in range(2))]
+    assert slabs.layout(mixed, None) == [[0, 1, 2, 3]]  # the slots of all are float32
+
+
+# What a step costs, in numbers that are the same every day
+
+
+def nodes(row, count, shape, **more):
+    """The operations in the graph of a step, those of the functions that it calls included."""
+    import tensorflow as tf
+
+    mine = [keras.Variable(np.ones(shape, "float32")) for _ in range(count)]
+    given, optimizer = [tf.ones(shape)] * count, row.make(**more)
+    optimizer.build(mine)
+    step = tf.function(lambda: optimizer.apply(given, mine), autograph=False).get_concrete_function()
+    definition = step.graph.as_graph_def()
+    found = [node.op for node in definition.node]
+    called = {node.attr["f"].func.name for node in definition.node if node.op.endswith("PartitionedCall")}
+    found += [node.op for f in definition.library.function if f.signature.name in called for node in f.node_def]
+    return found
+
+
+@TENSORFLOW
+@every_row
+def test_nodes_for_each_variable_of_a_tensorflow_graph(row):
+    few, many = (nodes(row, count, (130, 130)) for count in (2, 4))
+    kernel = [op for op in many if op.startswith("ResourceApply")]
+    assert len(kernel) == (4 if BACKEND in row.kernels else 0)
+    assert sum(op.endswith("PartitionedCall") for op in many) == (BACKEND not in row.kernels)  # one island for all
+    if BACKEND in row.kernels:
+        assert (len(many) - len(few)) / 2 <= 1 + 1 + len(row.slots)  # the kernel, and the handles that are captured
+    if row.slots:
+        few, many = (nodes(row, count, (3,)) for count in (2, 10))
+        assert (len(many) - len(few)) / 8 <= 12
+
+
+@JAX
+@every_class
+def test_jax_updates_weights_and_state_in_place(row):
+    import jax
+
+    mine, optimizer = variables(), row.make()
+    optimizer.build(mine)
+    step = jax.jit(lambda w, state, g: optimizer.stateless_apply(state, g, w), donate_argnums=(0, 1))
+    held = [v.value for v in mine], [v.value for v in optimizer.variables]
+    memory = step.lower(*held, stream(1)[0]).compile().memory_analysis()
+    weights = 4 * sum(int(np.prod(shape)) for shape in SHAPES.values())
+    assert memory.alias_size_in_bytes >= weights * (1 + len(row.slots))
+    assert memory.temp_size_in_bytes <= 0.2 * weights
+
+
+@TORCH
+@every_row
+def test_torch_asks_no_device_and_calls_few_operations(row):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found.append(function.__name__.split(".")[0])
+            return function(*args, **(kwargs or {}))
+
+    counts = []
+    for count in (4, 40):
+        mine = [keras.Variable(np.ones((9, 9), "float32")) for _ in range(count)]
+        given = [ops.ones((9, 9)) for _ in range(count)]
+        rate = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5) if count == 40 else 0.1
+        optimizer, found = row.make(learning_rate=rate), []
+        for _ in range(2):
+            optimizer.apply(given, mine)
+        with Counted():
+            optimizer.apply(given, mine)
+        assert any("_fused_" in name for name in found) == (BACKEND in row.kernels), found
+        counts.append(len([name for name in found if name.startswith(("_fused", "_foreach"))]))
+        if count == 4:
+            assert "_local_scalar_dense" not in found  # `item`, which waits for the device
+    assert counts[0] == counts[1] <= 25
+
+
+@TORCH
+def test_numbers_on_torch_are_those_of_the_variables():
+    from kopt import backends
+
+    variable = keras.Variable(0.5)
+    assert backends.number(variable, "float32") == 0.5
+    variable.assign(0.25)
+    assert backends.number(variable, "float32") == 0.25
+    with np.testing.assert_raises(AssertionError):
+        assert backends.number(variable, "float32") == 0.5
+    backends.count_up(variable)
+    assert backends.number(variable, "float32") == float(numpy([variable])[0]) == 1.25
+    del variable
+    assert len(backends._numbers) < 1000
+
+
+@TORCH
+def test_a_decay_too_small_for_torchs_kernel_is_not_rounded_away():
+    """torch multiplies by 1 - 2e-8, which is 1 in float32: weights do not decay at all."""
+    mine, optimizer = [keras.Variable(np.full(1000, 1.0, "float32"))], kopt.AdamW(2e-6, weight_decay=0.01)
+    other, undecayed = [keras.Variable(np.full(1000, 1.0, "float32"))], kopt.AdamW(2e-6, weight_decay=0.0)
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        g = [ops.convert_to_tensor(rng.normal(size=1000).astype("float32"))]
+        optimizer.apply(g, mine)
+        undecayed.apply(g, other)
+    decayed = numpy(other)[0].mean(dtype="float64") - numpy(mine)[0].mean(dtype="float64")
+    assert decayed == pytest.approx(400 * 2e-8, rel=0.2)
+
+
+@TORCH
+def test_a_gradient_that_lies_otherwise_in_memory(monkeypatch):
+    for row in OPTIMIZERS:
+        mine, theirs = [keras.Variable(STREAM[0])], [keras.Variable(STREAM[0])]
+        g = ops.convert_to_tensor(STREAM[1])
+        row.make().apply([g], mine)
+        row.make().apply([ops.transpose(ops.convert_to_tensor(np.ascontiguousarray(STREAM[1].T)))], theirs)
+        assert equal(mine, theirs)
