@@ -323,7 +323,9 @@ def shape_and_dtype(gradient) -> tuple[tuple | None, str]:
 
 def fits(gradient, variable) -> bool:
     """Whether a gradient is a torch tensor of floats and of the variable's shape; the short way to say yes."""
-    return BACKEND == "torch" and torch.is_tensor(gradient) and gradient.shape == variable.shape and gradient.is_floating_point()  # fmt: skip
+    if BACKEND != "torch" or not torch.is_tensor(gradient):
+        return False
+    return gradient.shape == variable.shape and gradient.is_floating_point()
 
 
 def may_equal(shape, other) -> bool:

@@ -4,12 +4,15 @@ import math
 
 import numpy as np
 from keras import config, ops
+from keras.config import backend
 
 from kopt import checks
 
 
 def lerp(a, b, weight):
     """The point that lies `weight` of the way from `a` to `b`."""
+    if backend() == "torch" and isinstance(weight, float) and ops.is_tensor(a) and ops.is_tensor(b):
+        return a.lerp(b, weight)  # the same in one operation
     return a + weight * (b - a)
 
 

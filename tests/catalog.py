@@ -105,7 +105,7 @@ OPTIMIZERS = [
     ),
     sgd(
         "nesterov",
-        kernels=("tensorflow",),
+        kernels=("tensorflow", "torch"),
         nesterov=True,
         torch=lambda optim, p, **more: optim.SGD(p, 0.01, momentum=0.9, nesterov=True, **more),
         optax=lambda optax: optax.sgd(0.01, momentum=0.9, nesterov=True),

@@ -130,9 +130,9 @@ def _way(optimizer, variable, gradient, held, shared, kept):
             return plain, None
         return batches, (_keras.memory(variable).device, held.decayed)
     changes = held.decayed and (shared.l2 is not None or shared.decay is not None)  # beside the rule
-    if backends.has_rows(gradient) and _constraint(optimizer, variable) is None:
-        if optimizer.sparse == "lazy" or (optimizer.traits.rests and not changes):
-            return rows, None
+    few = optimizer.sparse == "lazy" or (optimizer.traits.rests and not changes)
+    if few and backends.has_rows(gradient) and _constraint(optimizer, variable) is None:
+        return rows, None
     if held.slots and isinstance(held.slots[0], slabs.Piece):
         return flat, held.slots[0].slab
     if backends.BACKEND != "tensorflow" or single or kept:

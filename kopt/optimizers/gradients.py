@@ -66,16 +66,17 @@ def take(optimizer, gradients, variables) -> None:
         text = f"Gradients do not exist for variables {names} when minimizing the loss; they are left as they are."
         warnings.warn(text, stacklevel=3)
     pairs = [(gradient, variable) for gradient, variable in pairs if gradient is not None]
-    gradients, variables = [_unscaled(optimizer, g, v) for g, v in pairs], [v for _, v in pairs]
+    scale = optimizer.loss_scale_factor
+    gradients, variables = [_unscaled(optimizer, g, v, scale) for g, v in pairs], [v for _, v in pairs]
     looked_at = optimizer.nonfinite != "apply" or optimizer.track_gradient_norm or _limits(optimizer)
     distinct = looked_at and optimizer.gradient_accumulation_steps is None  # a sum has no rows
     backends.summed_over_replicas(gradients, partial(_accumulate, optimizer, variables, missing), distinct)
 
 
-def _unscaled(optimizer, gradient, variable):
+def _unscaled(optimizer, gradient, variable, scale):
     held = optimizer.held(variable)
     # What overwrites its variable is no gradient: no loss scale is in it, and the mean of the replicas is wanted.
-    scale = backends.replicas() if held.overwritten else optimizer.loss_scale_factor
+    scale = backends.replicas() if held.overwritten else scale
     gradient = backends.cast(gradient, variable, held.dtype)
     return gradient if scale in (None, 1) else backends.mapped(lambda g: g / scale, gradient)
 
@@ -198,6 +199,8 @@ def _update(optimizer, variables, gradients, count, doubtful) -> None:
         if optimizer.track_gradient_norm:
             optimizer.readings["gradient_norm"].assign(norm[0] * norm[1])
 
+    limits = _limits(optimizer)
+
     def update(variables, gradients, shared=shared):
         rule, means = [], []
         for variable, gradient in zip(variables, gradients, strict=True):
@@ -207,7 +210,7 @@ def _update(optimizer, variables, gradients, count, doubtful) -> None:
                 optimizer.assign(variable, gradient)
             else:
                 rule.append(variable)
-                means.append(_clipped(optimizer, gradient, norm, held.dtype))
+                means.append(_clipped(limits, gradient, norm, held.dtype))
         execution.update(optimizer, rule, means, shared)
 
     at_once = []
@@ -234,8 +237,7 @@ def _limits(optimizer) -> dict:
     return {name: variable for name, variable in optimizer.hyper_variables.items() if name in CLIPS}
 
 
-def _clipped(optimizer, gradient, global_norm, dtype):
-    limits = _limits(optimizer)
+def _clipped(limits, gradient, global_norm, dtype):
     if not limits:
         return gradient
     ((kind, variable),) = limits.items()

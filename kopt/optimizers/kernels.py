@@ -5,6 +5,7 @@ variables for each; it updates weights and slots in place. tests/test_execution.
 """
 
 import functools
+import operator
 
 import keras
 import numpy as np
@@ -20,7 +21,7 @@ elif BACKEND == "torch":
 
 def find(name, at, arguments):
     """The kernel of this name that takes these arguments, or None."""
-    if BACKEND == "torch" and name in ("velocity", "average") and arguments["nesterov"]:
+    if BACKEND == "torch" and name == "average" and arguments["nesterov"]:
         return None  # torch looks ahead by the gradient as it came
     if BACKEND == "torch" and name == "velocity" and at.learning_rate < 1e-8:
         return None  # it would get lost in `dampening`
@@ -43,32 +44,32 @@ def _tensorflow():
             raw.ResourceApplyGradientDescent(var=w.handle, alpha=at.learning_rate, delta=g)
 
     def velocity(weights, gradients, v, *, at, momentum, nesterov):
-        for w, g, v in zip(weights, gradients, v, strict=True):
+        for w, g, s in zip(weights, gradients, v, strict=True):
             raw.ResourceApplyKerasMomentum(
-                var=w.handle, accum=v.handle, lr=at.learning_rate, grad=g, momentum=momentum, use_nesterov=nesterov
+                var=w.handle, accum=s.handle, lr=at.learning_rate, grad=g, momentum=momentum, use_nesterov=nesterov
             )
 
     def gradient(weights, gradients, v, *, at, momentum, nesterov):
-        for w, g, v in zip(weights, gradients, v, strict=True):
+        for w, g, s in zip(weights, gradients, v, strict=True):
             raw.ResourceApplyMomentum(
-                var=w.handle, accum=v.handle, lr=at.learning_rate, grad=g, momentum=momentum, use_nesterov=nesterov
+                var=w.handle, accum=s.handle, lr=at.learning_rate, grad=g, momentum=momentum, use_nesterov=nesterov
             )
 
     def adagrad(weights, gradients, c, *, at, epsilon):
-        for w, g, c in zip(weights, gradients, c, strict=True):
-            raw.ResourceApplyAdagradV2(var=w.handle, accum=c.handle, lr=at.learning_rate, epsilon=epsilon, grad=g)
+        for w, g, s in zip(weights, gradients, c, strict=True):
+            raw.ResourceApplyAdagradV2(var=w.handle, accum=s.handle, lr=at.learning_rate, epsilon=epsilon, grad=g)
 
     def adam(weights, gradients, m, v, *, at, beta_1, beta_2, epsilon, bias_correction):
         # The kernel's own correction cancels in float32, and its epsilon stands before it: powers of 0 switch it off.
         rate, zero = at.learning_rate, tf.zeros_like(at.learning_rate)
         if bias_correction:
-            first, root = at.correction(beta_1), tf.sqrt(at.correction(beta_2))
-            rate, epsilon = rate * first / root, epsilon / root
-        for w, g, m, v in zip(weights, gradients, m, v, strict=True):
+            root = tf.sqrt(at.correction(beta_2))
+            rate, epsilon = rate * at.correction(beta_1) / root, epsilon / root
+        numbers = {"lr": rate, "beta1": beta_1, "beta2": beta_2, "epsilon": epsilon}
+        for w, g, first, second in zip(weights, gradients, m, v, strict=True):
             raw.ResourceApplyAdam(
-                var=w.handle, m=m.handle, v=v.handle, beta1_power=zero, beta2_power=zero, lr=rate, beta1=beta_1, beta2=beta_2,
-                epsilon=epsilon, grad=g,
-            )  # fmt: skip
+                var=w.handle, m=first.handle, v=second.handle, beta1_power=zero, beta2_power=zero, grad=g, **numbers
+            )
 
     return {"sgd": sgd, "velocity": velocity, "gradient": gradient, "adagrad": adagrad, "adam": adam}
 
@@ -107,8 +108,13 @@ def _torch():
 
     def velocity(weights, gradients, v, *, at, momentum, nesterov, l2=0.0):
         # torch has v = momentum v + (1 - dampening) g; w -= lr v
-        dampening = 1 + at.learning_rate
-        momentum_kernel(weights, gradients, v, l2, lr=-1.0, momentum=momentum, dampening=dampening, nesterov=False)
+        if nesterov and l2:
+            gradients, l2 = torch._foreach_add(gradients, weights, alpha=l2), 0.0
+        kernel = {"momentum": momentum, "dampening": 1 + at.learning_rate, "nesterov": False}
+        momentum_kernel(weights, gradients, v, l2, lr=0.0 if nesterov else -1.0, **kernel)
+        if nesterov:  # by the gradient as it came torch would look ahead
+            torch._foreach_add_(weights, v, alpha=momentum)
+            torch._foreach_add_(weights, gradients, alpha=-at.learning_rate)
 
     def gradient(weights, gradients, v, *, at, momentum, nesterov, l2=0.0):
         momentum_kernel(
@@ -174,11 +180,13 @@ def tiled(rule, weights, gradients, slots, l2, decay, at, arguments, kernel) -> 
             torch._foreach_add_(moved, w, alpha=-decay)
             torch._foreach_add_(w, moved)
             continue
-        w, g, *s = (Batch(parts) for parts in (w, g, *s))
-        step, *values = rule(g + l2 * w if l2 else g, w, *s, at=at, **arguments)
-        torch._foreach_sub_(w.parts, (step + decay * w if decay else step).parts)
+        batch = Batch if len(w) > 1 else operator.itemgetter(0)
+        weight, gradient, *slots_ = (batch(parts) for parts in (w, g, *s))
+        step, *values = rule(gradient + l2 * weight if l2 else gradient, weight, *slots_, at=at, **arguments)
+        step = step + decay * weight if decay else step
+        torch._foreach_sub_(w, step.parts if len(w) > 1 else [step])
         for slot, value in zip(s, values, strict=True):
-            torch._foreach_copy_(slot.parts, value.parts)
+            torch._foreach_copy_(slot, value.parts if len(w) > 1 else [value])
 
 
 if BACKEND == "torch":
@@ -195,6 +203,7 @@ if BACKEND == "torch":
             "sub": torch._foreach_sub,
             "mul": torch._foreach_mul,
             "div": torch._foreach_div,
+            "lerp": torch._foreach_lerp,
             "sqrt": torch._foreach_sqrt,
             "neg": torch._foreach_neg,
             "square": lambda x: torch._foreach_mul(x, x),

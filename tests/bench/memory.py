@@ -30,7 +30,8 @@ def peak(rule, count) -> float:
     name, arguments, _ = RULES[rule]
     shapes = [(1448, 1448)] * count
     optimizer = getattr(kopt, name)(**arguments)
-    before = _held()
+    warm = [keras.Variable(np.ones((200, 200), "float32")) for _ in range(2)]  # what the backend takes for itself
+    _stepper(getattr(kopt, name)(**arguments), warm, [keras.ops.ones((200, 200))] * 2)()
     variables = [keras.Variable(np.ones(shape, "float32")) for shape in shapes]
     gradients = [keras.ops.convert_to_tensor(np.full(shape, 0.01, "float32")) for shape in shapes]
     optimizer.build(variables)
@@ -43,11 +44,7 @@ def peak(rule, count) -> float:
         memory = step.lower(*values).compile().memory_analysis()
         total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         return (total - memory.alias_size_in_bytes) / bytes_
-    step = lambda: optimizer.apply(gradients, variables)  # noqa: E731
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        step = tf.function(step, autograph=False)
+    step = _stepper(optimizer, variables, gradients)
     if BACKEND == "torch" and __import__("torch").cuda.is_available():
         import torch
 
@@ -56,9 +53,19 @@ def peak(rule, count) -> float:
             step()
         return torch.cuda.max_memory_allocated() / bytes_
     _held(reset=True)
+    before = _held()
     for _ in range(3):
         step()
-    return (_held(peak=True) - before) / bytes_
+    return 1 + (_held(peak=True) - before) / bytes_  # not what NumPy left behind when the arrays were made
+
+
+def _stepper(optimizer, variables, gradients):
+    optimizer.build(variables)
+    if BACKEND != "tensorflow":
+        return lambda: optimizer.apply(gradients, variables)
+    import tensorflow as tf
+
+    return tf.function(lambda: optimizer.apply(gradients, variables), autograph=False)
 
 
 def _held(peak=False, reset=False) -> int:

@@ -37,9 +37,11 @@ def measure(steps, repeats):
             step()
             runs[name].append(1e3 * (time.perf_counter() - start))
     return {
-        name: {"first_ms": first[name], "ms": float(np.median(times)), "quartiles": np.percentile(times, [25, 75]).tolist()}
-        for name, times in runs.items()
-    }  # fmt: skip
+        name: dict(
+            zip(("first_ms", "ms", "quartiles"), (first[name], np.median(x), np.percentile(x, [25, 75]).tolist()))
+        )
+        for name, x in runs.items()
+    }
 
 
 def device() -> str:
