@@ -42,7 +42,7 @@ format: $(VENV)/.dev  ## Mend style
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time an optimizer's step beside Keras's; SMOKE=1 for a quick look
-	$(BIN)/python tests/bench/step.py $(if $(SMOKE),--smoke)
+	$(BIN)/python tests/bench/step.py --out out/bench-$(or $(KERAS_BACKEND),tensorflow).json $(if $(SMOKE),--smoke)
 
 bench-conditions: $(VENV)/.$(or $(filter jax,$(KERAS_BACKEND)),dev)  ## Time the forms of a condition in a compiled step
 	$(BIN)/python tests/bench/conditions.py $(if $(SMOKE),--smoke)

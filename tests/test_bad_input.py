@@ -101,6 +101,7 @@ LEGAL = {
     "sentence": lambda v: isinstance(v, str) and v != "",
     "keys": keys,
     "series": series,
+    "exact": lambda v: isinstance(v, str) and v == "exact",
 }
 
 

@@ -21,6 +21,8 @@ elif BACKEND == "torch":
 
 def find(name, at, arguments):
     """The kernel of this name that takes these arguments, or None."""
+    if BACKEND == "torch" and arguments.get("momentum") == 0:
+        return None  # torch wants no slot then, but momentum may come back
     if BACKEND == "torch" and name == "average" and arguments["nesterov"]:
         return None  # torch looks ahead by the gradient as it came
     if BACKEND == "torch" and name == "velocity" and at.learning_rate < 1e-8:

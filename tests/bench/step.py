@@ -37,9 +37,7 @@ def measure(steps, repeats):
             step()
             runs[name].append(1e3 * (time.perf_counter() - start))
     return {
-        name: dict(
-            zip(("first_ms", "ms", "quartiles"), (first[name], np.median(x), np.percentile(x, [25, 75]).tolist()))
-        )
+        name: {"first_ms": first[name], "ms": float(np.median(x)), "quartiles": np.percentile(x, [25, 75]).tolist()}
         for name, x in runs.items()
     }
 
