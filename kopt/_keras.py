@@ -37,6 +37,12 @@ def memory(variable):
     return getattr(variable, "_value", variable)
 
 
+def is_stateless() -> bool:
+    """Whether a `keras.StatelessScope` keeps what is assigned, so that no variable may be changed in place."""
+    with keras.StatelessScope(initialize_variables=False) as scope:
+        return scope.original_scope is not None
+
+
 def is_away(variable) -> bool:
     """Whether a variable's value is in the hands of JAX, which holds the values itself between two steps of `fit`."""
     return getattr(variable, "_value", 0) is None

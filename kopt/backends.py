@@ -34,16 +34,31 @@ def number(variable, dtype):
     """The value of a scalar variable or tensor for arithmetic; on torch a Python number, without asking the device.
 
     torch counts the writes to a tensor, so a number is read from the device only after another write than `count_up`.
+    What goes past that count, as a write through `.data` does, is not seen.
     """
     if BACKEND != "torch":
         return read(variable, dtype)
     if isinstance(variable, (int, float)):
         return variable
     tensor = variable.value if isinstance(variable, keras.Variable) else ops.convert_to_tensor(variable)
+    if tensor.is_inference():  # its writes are not counted
+        return tensor.item()
     known = _numbers.get(id(tensor))
     if known is None or known[0]() is not tensor or known[1] != tensor._version:
         return _note(tensor, tensor.item())
     return known[2]
+
+
+def apart(values, inputs) -> list:
+    """The values, those copied that lie in the memory of an input: torch assigns in place, one after the other."""
+    if BACKEND != "torch":
+        return list(values)
+    taken = {_start(tensor) for tensor in inputs}
+    return [value.clone() if _start(value) in taken else value for value in values]
+
+
+def _start(tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def cast_number(number, dtype):
@@ -55,7 +70,8 @@ def count_up(variable) -> None:
     if BACKEND == "torch":
         value = number(variable, variable.dtype)
         variable.assign_add(1)
-        _note(variable.value, value + 1)
+        if not variable.value.is_inference():
+            _note(variable.value, value + 1)
     else:
         variable.assign_add(1)
 
@@ -303,6 +319,11 @@ def _summed_rows(gradient):
 def read_rows(indices, variable, dtype):
     """Rows of a variable, without reading the others."""
     return tf.cast(tf.gather(native(variable), indices), dtype)
+
+
+def with_rows(indices, tensor, values):
+    """A tensor with some of its rows replaced."""
+    return tf.tensor_scatter_nd_update(tensor, indices[:, None], values)
 
 
 def assign_rows(indices, variable, values) -> None:

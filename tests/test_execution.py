@@ -168,6 +168,55 @@ def test_a_rule_of_ones_own_runs_plainly_unless_it_says_more(monkeypatch):
         type("Own", (kopt.Optimizer,), {"update_step": lambda *_: None})
 
 
+def delayed(g, w, p, q, *, at):
+    return q * 1.0, g * 1.0, p  # hands a slot on as it is
+
+
+def kept(g, w, p, q, *, at):
+    return at.learning_rate * (g + 0.1 * (w - p)), w, q  # keeps the weight itself
+
+
+def stacked(g, w, p, q, *, at):
+    return at.learning_rate * ops.max(ops.stack([g, p]), axis=0), ops.maximum(g, p), q
+
+
+@pytest.mark.parametrize("declared", [False, True])
+@pytest.mark.parametrize("rule", [delayed, kept, stacked])
+def test_a_rule_may_hand_on_what_it_was_given(rule, declared):
+    class Own(kopt.Optimizer):
+        slots = kopt.Slot("p", "a slot"), kopt.Slot("q", "a slot")
+
+    Own.rule = staticmethod(kopt.elementwise()(rule) if declared else rule)
+    mine, optimizer = variables(), Own(0.1)
+    expected = [(w, np.zeros_like(w), np.zeros_like(w)) for w in numpy(mine)]
+    for gradients in stream(4):
+        optimizer.apply([ops.convert_to_tensor(g) for g in gradients], mine)
+        for i, g in enumerate(gradients):
+            w, p, q = expected[i]
+            if rule is delayed:
+                expected[i] = w - q, g, p
+            elif rule is kept:
+                expected[i] = w - np.float32(0.1) * (g + np.float32(0.1) * (w - p)), w, q
+            else:
+                expected[i] = w - np.float32(0.1) * np.maximum(g, p), np.maximum(g, p), q
+    rule.__dict__.pop("traits", None)
+    close(mine, [w for w, _, _ in expected], tolerance=1e-5)
+
+
+@TORCH  # JAX has nothing to change in place, and on TensorFlow Keras's optimizers have no stateless form
+@every_class
+def test_nothing_is_changed_within_a_stateless_scope(row):
+    for mapping in (lambda o, v: None, lambda o, v: [(x, x.value) for x in [*v, *o.variables]]):
+        mine, optimizer = variables(), row.make()
+        optimizer.build(mine)
+        before = [numpy(mine), numpy(optimizer.variables)]
+        with keras.StatelessScope(mapping(optimizer, mine)) as scope:
+            optimizer.apply([ops.convert_to_tensor(g) for g in stream(1)[0]], mine)
+        assert equal(mine, before[0])
+        assert equal(optimizer.variables, before[1])
+        assert not equal([scope.get_current_value(v) for v in mine], mine)
+
+
 # State
 
 

@@ -184,6 +184,15 @@ def test_embeddings_in_fit(row):
     weights = []
     for layer in (keras.layers.Embedding, Lookup):
         keras.utils.set_random_seed(0)
+        small = [keras.Input((2,), dtype="int32"), layer(9, 4), keras.layers.Flatten(), keras.layers.Dense(1)]
+        small = keras.Sequential(small)  # whose slots are in a slab
+        for eagerly in (False, True):
+            small.compile(row.make(**SPARSE), loss="mse", run_eagerly=eagerly, jit_compile=False)
+            before = small.get_weights()[0]
+            small.fit(np.arange(20).reshape(10, 2) % 7, np.ones((10, 1)), batch_size=4, verbose=0)
+            moved = (small.get_weights()[0] != before).any(axis=1)
+            assert moved.tolist() == [True] * 7 + [False] * 2
+        keras.utils.set_random_seed(0)
         model = keras.Sequential([keras.Input((2,), dtype="int32"), layer(300, 64), keras.layers.Flatten()])
         model.compile(row.make(**SPARSE), loss="mse", jit_compile=False)
         model.fit(np.arange(20).reshape(10, 2) % 7, np.ones((10, 128)), batch_size=4, epochs=2, verbose=0)

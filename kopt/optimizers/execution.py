@@ -111,8 +111,7 @@ def update(optimizer, variables, gradients, shared: dict[str, Shared]) -> None:
     if not variables:
         return
     alone = not optimizer.traits.elementwise or backends.strategy() is not None
-    # A `keras.StatelessScope` keeps what is assigned; then no variable may be changed in place.
-    kept = optimizer.stateless or backends.native(variables[0]) is not _keras.memory(variables[0])
+    kept = backends.BACKEND == "torch" and _keras.is_stateless()  # so that nothing may be changed in place
     together: dict[tuple, list] = {}
     for variable, gradient in zip(variables, gradients, strict=True):
         held = optimizer.held(variable)
@@ -135,7 +134,7 @@ def _way(optimizer, variable, gradient, held, shared, kept):
         return rows, None
     if held.slots and isinstance(held.slots[0], slabs.Piece):
         return flat, held.slots[0].slab
-    if backends.BACKEND != "tensorflow" or single or kept:
+    if backends.BACKEND != "tensorflow" or single:
         return plain, None
     if not changes and kernels.find(optimizer.traits.kernel, shared.at, shared.arguments):
         return kernel, None
@@ -152,8 +151,8 @@ def rows(optimizer, found, shared) -> None:
     """The same for the rows of a variable that have a gradient, of TensorFlow's `IndexedSlices`."""
     for variable, gradient, held in found:
         gradient = backends.repeated_sums(gradient)
-        read = partial(backends.read_rows, gradient.indices)
-        assign = partial(backends.assign_rows, gradient.indices)
+        read = partial(_read_rows, gradient.indices)
+        assign = partial(_assign_rows, gradient.indices)
         _update(optimizer, variable, gradient.values, held, shared, read, assign)
 
 
@@ -233,10 +232,22 @@ def _update(optimizer, variable, gradient, held, shared, read, assign) -> None:
     weight = _weight(variable, held, read)
     gradient = _with_l2(backends.read(gradient, held.dtype), weight, held, shared)
     slots = [read(slot, held.dtype) for slot in held.slots]
-    step, *slots = optimizer.used_rule(gradient, weight, *slots, at=shared.at, **shared.arguments)
-    for slot, value in zip(held.slots, slots, strict=True):
-        assign(slot, value)
+    step, *values = optimizer.used_rule(gradient, weight, *slots, at=shared.at, **shared.arguments)
+    values = backends.apart(values, [weight, *slots])
     _move(optimizer, variable, weight, _with_decay(step, weight, held, shared), held, assign)
+    for slot, value in zip(held.slots, values, strict=True):
+        assign(slot, value)
+
+
+def _read_rows(indices, variable, dtype):
+    return backends.read_rows(indices, variable.value if isinstance(variable, slabs.Piece) else variable, dtype)
+
+
+def _assign_rows(indices, variable, values) -> None:
+    if isinstance(variable, slabs.Piece):
+        variable.assign(backends.with_rows(indices, variable.value, values))
+    else:
+        backends.assign_rows(indices, variable, values)
 
 
 def _with_l2(gradient, weight, held, shared):

@@ -5,10 +5,13 @@ variables for each; it updates weights and slots in place. tests/test_execution.
 """
 
 import functools
+import itertools
 import operator
 
 import keras
 import numpy as np
+
+from kopt import backends
 
 BACKEND = keras.backend.backend()
 TILE = 2**18  # entries that a processor keeps in its cache while a rule works on them
@@ -185,10 +188,11 @@ def tiled(rule, weights, gradients, slots, l2, decay, at, arguments, kernel) -> 
         batch = Batch if len(w) > 1 else operator.itemgetter(0)
         weight, gradient, *slots_ = (batch(parts) for parts in (w, g, *s))
         step, *values = rule(gradient + l2 * weight if l2 else gradient, weight, *slots_, at=at, **arguments)
-        step = step + decay * weight if decay else step
-        torch._foreach_sub_(w, step.parts if len(w) > 1 else [step])
-        for slot, value in zip(s, values, strict=True):
-            torch._foreach_copy_(slot, value.parts if len(w) > 1 else [value])
+        step, *values = ([x] if len(w) == 1 else x.parts for x in (step + decay * weight if decay else step, *values))
+        values = [backends.apart(parts, [*w, *itertools.chain(*s)]) for parts in values]
+        torch._foreach_sub_(w, step)
+        for slot, parts in zip(s, values, strict=True):
+            torch._foreach_copy_(slot, parts)
 
 
 if BACKEND == "torch":
@@ -229,9 +233,13 @@ if BACKEND == "torch":
                 return args[0]
             if name in cls.lists and not kwargs and all(isinstance(x, (Batch, float, int)) for x in args):
                 return Batch(list(cls.lists[name](*(x.parts if isinstance(x, Batch) else x for x in args))))
-            n = len(next(x for x in args if isinstance(x, Batch)).parts)
-            parts = [[x.parts[i] if isinstance(x, Batch) else x for x in args] for i in range(n)]
-            return Batch([function(*part, **(kwargs or {})) for part in parts])
+            leaves, form = torch.utils._pytree.tree_flatten((args, kwargs or {}), lambda x: isinstance(x, Batch))
+            parts = []
+            for i in range(len(next(x for x in leaves if isinstance(x, Batch)).parts)):
+                own = [x.parts[i] if isinstance(x, Batch) else x for x in leaves]
+                args, kwargs = torch.utils._pytree.tree_unflatten(own, form)
+                parts.append(function(*args, **kwargs))
+            return Batch(parts)
 
         @classmethod
         def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
