@@ -100,6 +100,11 @@ def unrecorded():
     return torch.no_grad() if BACKEND == "torch" else contextlib.nullcontext()
 
 
+def as_written(function):
+    """The function, which TensorFlow's AutoGraph leaves alone: to rewrite it takes longer than to trace it."""
+    return tf.autograph.experimental.do_not_convert(function) if BACKEND == "tensorflow" else function
+
+
 # Conditions
 
 

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import kopt
-from kopt.optimizers import execution, kernels, slabs
+from kopt.optimizers import execution, kernels, lists, slabs
 from tests.catalog import OPTIMIZERS
 from tests.conftest import BACKEND
 from tests.training import MODES, STREAM, equal, every_class, every_mode, every_row, numpy, same, train
@@ -40,7 +40,7 @@ def stream(steps=20, spoilt=False):
 
 def spied(monkeypatch):
     """The names of the ways that are taken."""
-    taken, ways = set(), execution._way
+    taken, ways, step = set(), execution._way, lists._update
 
     def way(*arguments):
         chosen, key = ways(*arguments)
@@ -48,12 +48,14 @@ def spied(monkeypatch):
         return chosen, key
 
     monkeypatch.setattr(execution, "_way", way)
+    monkeypatch.setattr(lists, "_update", lambda *arguments: (taken.add("lists"), step(*arguments)))
     return taken
 
 
 def plainly(monkeypatch):
     """From here on every variable has slots of its own and is updated in the plain way."""
     monkeypatch.setattr(execution, "_way", lambda *_: (execution.plain, None))
+    monkeypatch.setattr(lists, "update", lambda _, variables, gradients, shared: (variables, gradients))
     monkeypatch.setattr(slabs, "layout", lambda *_: [])
 
 
@@ -86,7 +88,7 @@ def equals_the_plain_way(row, mode, more, monkeypatch):
         plainly(patch)
         slow, theirs = variables(), row.make(**more)
         train(mode, theirs, slow, given)
-    fast_ways = {"tensorflow": {"kernel" if "kernel" in taken else "island"}, "jax": set(), "torch": {"batches"}}[
+    fast_ways = {"tensorflow": {"kernel" if "kernel" in taken else "island"}, "jax": set(), "torch": {"lists"}}[
         BACKEND
     ]
     slabbed = {"flat"} if row.slots and BACKEND != "torch" else set()

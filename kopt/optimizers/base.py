@@ -115,7 +115,7 @@ class Optimizer(_keras.OptimizerBridge):
         # Plain dictionaries, set past Keras's tracking: `add_scalar` tracks the variables.
         self.__dict__.update(ready=False, choices={}, hyper_variables={}, known={}, opened={})
         self.__dict__.update(waiting={}, before={}, loaded={})  # `state.load` says what they hold
-        self.__dict__.update(readings={})  # the variables of `gradients.readings`
+        self.__dict__.update(readings={}, plan=None)  # the variables of `gradients.readings`; what `lists` keeps
         super().__init__(learning_rate, name=name)
         self.known["learning_rate"] = learning_rate
         for argument, value in arguments.items():
@@ -186,6 +186,7 @@ class Optimizer(_keras.OptimizerBridge):
                 self.named[id(self.readings[name])] = "reading", name
             self.__dict__["all_held"] = execution.hold(self, variables, excluded)
             self.__dict__["held_of"] = dict(zip(map(id, variables), self.all_held, strict=True))  # the quick way to it
+            self.__dict__["overwrites"] = any(held.overwritten for held in self.all_held)
             if self.use_ema:
                 self.show_averages(variables, [held.average for held in self.all_held])
             if self.exclude_from_decay:
@@ -227,6 +228,7 @@ class Optimizer(_keras.OptimizerBridge):
         held = self.held_of.get(id(variable))
         return self.all_held[self.index_of(variable)] if held is None else held
 
+    @backends.as_written
     def apply(self, grads, trainable_variables=None):
         """Do one step. `optimizers/gradients.py` says what happens in it, in order.
 
@@ -264,6 +266,7 @@ class Optimizer(_keras.OptimizerBridge):
                 allowed = "known, but the optimizer was built with none: build the model first"
             checks.refuse("trainable_variables", allowed, unknown)
 
+    @backends.as_written
     def update_step(self, gradient, variable, learning_rate):
         """Update one variable. `learning_rate` is a rate, or what `execution.scalars` made of it for the whole step."""
         shared = learning_rate if isinstance(learning_rate, dict) else execution.scalars(self, learning_rate)

@@ -12,7 +12,7 @@ from keras import ops
 
 from kopt import _keras, backends
 from kopt.numerics import lerp
-from kopt.optimizers import kernels, slabs
+from kopt.optimizers import kernels, lists, slabs
 from kopt.optimizers.rule import MASTER, At
 
 
@@ -108,26 +108,23 @@ def afresh(shared: Shared) -> Shared:
 
 def update(optimizer, variables, gradients, shared: dict[str, Shared]) -> None:
     """Update the variables, each in the fastest way that there is for it."""
+    if variables and backends.BACKEND == "torch":
+        variables, gradients = lists.update(optimizer, variables, gradients, shared)
     if not variables:
         return
-    alone = not optimizer.traits.elementwise or backends.strategy() is not None
-    kept = backends.BACKEND == "torch" and _keras.is_stateless()  # so that nothing may be changed in place
+    alone = backends.BACKEND == "torch" or not optimizer.traits.elementwise or backends.strategy() is not None
     together: dict[tuple, list] = {}
     for variable, gradient in zip(variables, gradients, strict=True):
         held = optimizer.held(variable)
-        way, key = (plain, None) if alone else _way(optimizer, variable, gradient, held, shared[held.dtype], kept)
+        way, key = (plain, None) if alone else _way(optimizer, variable, gradient, held, shared[held.dtype])
         together.setdefault((way, held.dtype, key), []).append((variable, gradient, held))
     for (way, dtype, _), found in together.items():
         way(optimizer, found, shared[dtype])
 
 
-def _way(optimizer, variable, gradient, held, shared, kept):
+def _way(optimizer, variable, gradient, held, shared):
     """How to update a variable, and what those must have in common that are updated together."""
     single = held.master is not None or _constraint(optimizer, variable) is not None
-    if backends.BACKEND == "torch":
-        if single or kept or not _keras.memory(variable).is_contiguous():
-            return plain, None
-        return batches, (_keras.memory(variable).device, held.decayed)
     changes = held.decayed and (shared.l2 is not None or shared.decay is not None)  # beside the rule
     few = optimizer.sparse == "lazy" or (optimizer.traits.rests and not changes)
     if few and backends.has_rows(gradient) and _constraint(optimizer, variable) is None:
@@ -193,24 +190,6 @@ def island(optimizer, found, shared) -> None:
         plain(optimizer, found, shared)
     else:
         kernels.island(lambda: plain(optimizer, found, afresh(shared)))
-
-
-def batches(optimizer, found, shared) -> None:
-    """torch's kernel for many variables at once, or else the rule on batches of as much as stays in the cache."""
-    weights, gradients, slots = [], [], []
-    for variable, gradient, held in found:
-        weights.append(_keras.memory(variable))
-        gradients.append(gradient.contiguous())
-        slots.append([s.view(_keras.memory(s.whole)) if isinstance(s, slabs.Piece) else _keras.memory(s)
-                      for s in held.slots])  # fmt: skip
-    slots = [list(column) for column in zip(*slots, strict=True)]
-    l2, decay = (shared.l2 or 0.0, shared.decay or 0.0) if found[0][2].decayed else (0.0, 0.0)
-    run = kernels.find(optimizer.traits.kernel, shared.at, shared.arguments)
-    if run and (not decay or (not l2 and kernels.takes_decay(run, decay))):
-        decays = {"decay": decay} if decay else {}
-        run(weights, gradients, *slots, at=shared.at, l2=l2, **decays, **shared.arguments)
-        return
-    kernels.tiled(optimizer.used_rule, weights, gradients, slots, l2, decay, shared.at, shared.arguments, run)
 
 
 def average(optimizer, shared, variable, _) -> None:

@@ -202,6 +202,9 @@ def _update(optimizer, variables, gradients, count, doubtful) -> None:
     limits = _limits(optimizer)
 
     def update(variables, gradients, shared=shared):
+        if count is None and not limits and not optimizer.overwrites:
+            execution.update(optimizer, variables, gradients, shared)
+            return
         rule, means = [], []
         for variable, gradient in zip(variables, gradients, strict=True):
             held = optimizer.held(variable)
@@ -213,19 +216,16 @@ def _update(optimizer, variables, gradients, count, doubtful) -> None:
                 means.append(_clipped(limits, gradient, norm, held.dtype))
         execution.update(optimizer, rule, means, shared)
 
-    at_once = []
-    for variable, gradient in zip(variables, gradients, strict=True):
-        if any(variable is other for other in doubtful):  # it had no gradient now, but may have had one in the window
-            met = _int(optimizer.readings["met"])[optimizer.index_of(variable)]
-            own = {dtype: execution.afresh(of_dtype) for dtype, of_dtype in shared.items()}
-            one = partial(backends.on_every_copy, lambda v, g, own=own: update([v], [g], own), [variable], [gradient])
-            backends.when(met > 0, one, optimizer.everything)
-        else:
-            at_once.append((variable, gradient))
+    sure = len(variables) - len(doubtful)  # those last ones had no gradient now, but may have had one in the window
+    for variable, gradient in zip(variables[sure:], gradients[sure:], strict=True):
+        met = _int(optimizer.readings["met"])[optimizer.index_of(variable)]
+        own = {dtype: execution.afresh(of_dtype) for dtype, of_dtype in shared.items()}
+        one = partial(backends.on_every_copy, lambda v, g, own=own: update([v], [g], own), [variable], [gradient])
+        backends.when(met > 0, one, optimizer.everything)
     if backends.strategy() is None:
-        update([v for v, _ in at_once], [g for _, g in at_once])
+        update(variables[:sure], gradients[:sure])
     else:
-        backends.on_every_copy(lambda v, g: update([v], [g]), [v for v, _ in at_once], [g for _, g in at_once])
+        backends.on_every_copy(lambda v, g: update([v], [g]), variables[:sure], gradients[:sure])
     if optimizer.use_ema:
         move = partial(execution.average, optimizer, shared)
         backends.on_every_copy(move, optimizer.trained, optimizer.trained)

@@ -1,20 +1,15 @@
-"""Other ways to run a rule than its own few operations: ready-made kernels of TensorFlow and torch, and batches.
+"""Ready-made kernels of TensorFlow and torch that do what a rule says, and XLA for the rules that have none.
 
 A kernel is called as `kernel(weights, gradients, *slots, at, **arguments)`, with a list of dense tensors or TensorFlow
 variables for each; it updates weights and slots in place. tests/test_execution.py proves each equal to its rule.
 """
 
 import functools
-import itertools
-import operator
 
 import keras
 import numpy as np
 
-from kopt import backends
-
 BACKEND = keras.backend.backend()
-TILE = 2**18  # entries that a processor keeps in its cache while a rule works on them
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
@@ -153,99 +148,3 @@ def _torch():
 
 
 _KERNELS = {"tensorflow": _tensorflow, "torch": _torch}.get(BACKEND, dict)()
-
-
-def tiles(*lists):
-    """Parts of tensors, taken from several lists alike, so many at a time as stay in the cache of a processor."""
-    size = TILE if lists[0][0].device.type == "cpu" else None
-    tile, filled = [], 0
-    for tensors in zip(*lists, strict=True):
-        n = tensors[0].numel()
-        parts = [tensors]
-        if size and n > size:
-            parts = zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
-        for part in parts:
-            n = part[0].numel()
-            if size and tile and filled + n > size:
-                yield [list(column) for column in zip(*tile, strict=True)]
-                tile, filled = [], 0
-            tile.append(part)
-            filled += n
-    yield [list(column) for column in zip(*tile, strict=True)]
-
-
-def tiled(rule, weights, gradients, slots, l2, decay, at, arguments, kernel) -> None:
-    """Update weights and slots tile by tile: by the rule, or with decay beside it by the kernel."""
-    for w, g, *s in tiles(weights, gradients, *slots):
-        if kernel:  # its step, and the decay, come together before they are rounded to the precision of the weight
-            moved = [torch.zeros_like(part) for part in w]
-            if l2:
-                g = torch._foreach_add(g, w, alpha=l2)
-            kernel(moved, g, *s, at=at, **arguments)
-            torch._foreach_add_(moved, w, alpha=-decay)
-            torch._foreach_add_(w, moved)
-            continue
-        batch = Batch if len(w) > 1 else operator.itemgetter(0)
-        weight, gradient, *slots_ = (batch(parts) for parts in (w, g, *s))
-        step, *values = rule(gradient + l2 * weight if l2 else gradient, weight, *slots_, at=at, **arguments)
-        step, *values = ([x] if len(w) == 1 else x.parts for x in (step + decay * weight if decay else step, *values))
-        values = [backends.apart(parts, [*w, *itertools.chain(*s)]) for parts in values]
-        torch._foreach_sub_(w, step)
-        for slot, parts in zip(s, values, strict=True):
-            torch._foreach_copy_(slot, parts)
-
-
-if BACKEND == "torch":
-
-    class Batch(torch.Tensor):
-        """Several tensors that go through arithmetic as one, by torch's operations on lists where it has them.
-
-        A rule is called with batches as with tensors; an operation that torch has for single tensors only is done on
-        one after the other.
-        """
-
-        lists = {
-            "add": torch._foreach_add,
-            "sub": torch._foreach_sub,
-            "mul": torch._foreach_mul,
-            "div": torch._foreach_div,
-            "lerp": torch._foreach_lerp,
-            "sqrt": torch._foreach_sqrt,
-            "neg": torch._foreach_neg,
-            "square": lambda x: torch._foreach_mul(x, x),
-            "__rsub__": lambda x, y: torch._foreach_sub(y, x) if isinstance(y, list) else _negative_plus(x, y),
-        }
-
-        @staticmethod
-        def __new__(cls, parts):
-            n = sum(part.numel() for part in parts)
-            batch = torch.Tensor._make_wrapper_subclass(cls, (n,), dtype=parts[0].dtype, device=parts[0].device)
-            batch.parts = parts
-            return batch
-
-        @classmethod
-        def __torch_function__(cls, function, types, args=(), kwargs=None):
-            name = function.__name__
-            if name == "__get__":  # device, dtype
-                with torch._C.DisableTorchFunctionSubclass():
-                    return function(*args)
-            if name == "to" and args[1:] == (str(args[0].device),) and not kwargs:
-                return args[0]
-            if name in cls.lists and not kwargs and all(isinstance(x, (Batch, float, int)) for x in args):
-                return Batch(list(cls.lists[name](*(x.parts if isinstance(x, Batch) else x for x in args))))
-            leaves, form = torch.utils._pytree.tree_flatten((args, kwargs or {}), lambda x: isinstance(x, Batch))
-            parts = []
-            for i in range(len(next(x for x in leaves if isinstance(x, Batch)).parts)):
-                own = [x.parts[i] if isinstance(x, Batch) else x for x in leaves]
-                args, kwargs = torch.utils._pytree.tree_unflatten(own, form)
-                parts.append(function(*args, **kwargs))
-            return Batch(parts)
-
-        @classmethod
-        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-            raise NotImplementedError(f"{function} on a batch")
-
-    def _negative_plus(x, y):
-        negative = torch._foreach_neg(x)
-        torch._foreach_add_(negative, y)
-        return negative

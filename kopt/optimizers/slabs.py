@@ -71,7 +71,6 @@ class Piece:
     def __init__(self, whole, slab, place, shape):
         self.whole, self.slab, self.place, self.shape = whole, slab, place, shape
         self.dtype = whole.dtype
-        self._seen = self._view = None
 
     @property
     def value(self):
@@ -81,13 +80,9 @@ class Piece:
         value = ops.convert_to_tensor(value, self.dtype)
         self.slab.write(self.whole, [self.place], ops.reshape(value, (self.slab.sizes[self.place],)))
 
-    def view(self, memory):
+    def view(self):
         """The piece of the slab's memory, which torch has: what is done to it in place is done to the slab."""
-        if self._seen != (id(memory), memory.data_ptr()):
-            end = self.slab.ends[self.place]
-            self._view = memory.detach()[end - self.slab.sizes[self.place] : end].view(self.shape)
-            self._seen = id(memory), memory.data_ptr()
-        return self._view
+        return self.cut(_keras.memory(self.whole).detach())
 
     def cut(self, array):
         """The piece of an array of the slab."""
