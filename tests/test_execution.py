@@ -40,7 +40,7 @@ def stream(steps=20, spoilt=False):
 
 def spied(monkeypatch):
     """The names of the ways that are taken."""
-    taken, ways, step = set(), execution._way, lists._update
+    taken, ways, step = set(), execution._way, lists.Group.update
 
     def way(*arguments):
         chosen, key = ways(*arguments)
@@ -48,7 +48,7 @@ def spied(monkeypatch):
         return chosen, key
 
     monkeypatch.setattr(execution, "_way", way)
-    monkeypatch.setattr(lists, "_update", lambda *arguments: (taken.add("lists"), step(*arguments)))
+    monkeypatch.setattr(lists.Group, "update", lambda *arguments: (taken.add("lists"), step(*arguments)))
     return taken
 
 
@@ -88,9 +88,7 @@ def equals_the_plain_way(row, mode, more, monkeypatch):
         plainly(patch)
         slow, theirs = variables(), row.make(**more)
         train(mode, theirs, slow, given)
-    fast_ways = {"tensorflow": {"kernel" if "kernel" in taken else "island"}, "jax": set(), "torch": {"lists"}}[
-        BACKEND
-    ]
+    fast_ways = {"tensorflow": {"kernel" if "kernel" in taken else "island"}, "jax": set(), "torch": {"lists"}}[BACKEND]
     slabbed = {"flat"} if row.slots and BACKEND != "torch" else set()
     assert taken - {"plain"} >= fast_ways | slabbed
     close(fast, slow)

@@ -1,67 +1,22 @@
-"""How torch runs a rule: its kernels and its operations on lists of tensors take many variables at once.
+"""How torch updates many variables at once: by its kernels, or by a rule on tiles of as much as stays in the cache.
 
-To collect those lists is most of what a step of many small variables costs in Python, so they are kept while the
-variables stay where they are. tests/test_execution.py proves a step on lists equal to its rule.
+To collect the lists of tensors for that would cost more than the step of many small variables does, so they are kept
+while the variables stay where they are.
 """
 
-import itertools
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from kopt import _keras, backends
 from kopt.optimizers import kernels, slabs
+from kopt.optimizers.program import Program
 
 if backends.BACKEND == "torch":
     import torch
 
-TILE = 2**18  # entries that a processor keeps in its cache while a rule works on them
-
-
-@dataclass(frozen=True)
-class Group:
-    """Variables that are updated together: their places among all, their weights, and a list for each slot."""
-
-    places: list
-    dtype: str
-    decayed: bool
-    weights: list
-    slots: list
-
-
-class Plan:
-    """How to update some variables: in groups, and `left` over those that only the plain way can update."""
-
-    def __init__(self, optimizer, variables):
-        self.variables, self.left, alike = list(variables), [], {}
-        for i, variable in enumerate(variables):
-            held = optimizer.held(variable)
-            if held.master is not None or variable.constraint is not None or not _whole(_keras.memory(variable)):
-                self.left.append(i)
-            else:
-                alike.setdefault((held.dtype, held.decayed, _keras.memory(variable).device), []).append(i)
-        self.groups = [self._group(optimizer, *key[:2], places) for key, places in alike.items()]
-        self.constraints = [variable.constraint for variable in variables]
-        slots = (slot for variable in variables for slot in optimizer.held(variable).slots)
-        self.read = list({id(v): v for v in [*variables, *(getattr(s, "whole", s) for s in slots)]}.values())
-        self.tensors = list(map(_keras.memory, self.read))
-        self.pointers = list(map(_pointer, self.tensors))
-
-    def _group(self, optimizer, dtype, decayed, places):
-        chosen = [self.variables[i] for i in places]
-        slots = [[_memory(slot) for slot in optimizer.held(variable).slots] for variable in chosen]
-        slots = [list(column) for column in zip(*slots, strict=True)]
-        return Group(places, dtype, decayed, list(map(_keras.memory, chosen)), slots)
-
-    def holds(self, variables) -> bool:
-        """Whether it is a plan for these variables, and they and their slots are where they were."""
-        return (
-            len(variables) == len(self.variables)
-            and all(map(operator.is_, variables, self.variables))
-            and all(map(operator.is_, map(_keras.memory, self.read), self.tensors))
-            and list(map(_pointer, self.tensors)) == self.pointers
-            and all(map(_whole, self.tensors))
-            and all(map(operator.is_, map(_constraint, variables), self.constraints))
-        )
+TILE = 2**18  # entries that a rule works on at a time on a CPU: its results should stay in the cache
 
 
 def update(optimizer, variables, gradients, shared) -> tuple[list, list]:
@@ -72,124 +27,192 @@ def update(optimizer, variables, gradients, shared) -> tuple[list, list]:
     if plan is None or not plan.holds(variables):
         plan = optimizer.__dict__["plan"] = Plan(optimizer, variables)
     for group in plan.groups:
-        _update(optimizer, group, [gradients[i].contiguous() for i in group.places], shared[group.dtype])
+        group.update(optimizer, [gradients[i].contiguous() for i in group.places], shared[group.dtype])
     return [variables[i] for i in plan.left], [gradients[i] for i in plan.left]
 
 
-def _update(optimizer, group, gradients, shared) -> None:
-    """By torch's kernel, or else by the rule on lists of as much as stays in the cache."""
-    l2, decay = (shared.l2 or 0.0, shared.decay or 0.0) if group.decayed else (0.0, 0.0)
-    kernel = kernels.find(optimizer.traits.kernel, shared.at, shared.arguments)
-    if kernel and (not decay or (not l2 and kernels.takes_decay(kernel, decay))):
-        decays = {"decay": decay} if decay else {}
-        kernel(group.weights, gradients, *group.slots, at=shared.at, l2=l2, **decays, **shared.arguments)
-        return
-    step = _step_of_kernel if kernel else _step_of_rule
-    for weights, those, *slots in tiles(group.weights, gradients, *group.slots):
-        step(kernel or optimizer.used_rule, weights, those, slots, l2, decay, shared)
+class Plan:
+    """How to update some variables: in groups, but those that are `left` one by one."""
+
+    def __init__(self, optimizer, variables):
+        self.variables, self.left, alike = list(variables), [], {}
+        for i, variable in enumerate(variables):
+            held, memory = optimizer.held(variable), _keras.memory(variable)
+            if held.master is not None or variable.constraint is not None or not memory.is_contiguous():
+                self.left.append(i)
+            else:
+                alike.setdefault((held.dtype, held.decayed, memory.device), []).append(i)
+        self.groups = [Group(optimizer, variables, places) for places in alike.values()]
+        self.constraints = [variable.constraint for variable in variables]
+        slots = (slot for variable in variables for slot in optimizer.held(variable).slots)
+        self.read = list({id(v): v for v in [*variables, *(getattr(s, "whole", s) for s in slots)]}.values())
+        self.memories = list(map(_keras.memory, self.read))
+        self.pointers = list(map(_pointer, self.memories))
+
+    def holds(self, variables) -> bool:
+        """Whether it is a plan for these variables, and they and their slots are where they were."""
+        return (
+            len(variables) == len(self.variables)
+            and all(map(operator.is_, variables, self.variables))
+            and all(map(operator.is_, map(_keras.memory, self.read), self.memories))
+            and list(map(_pointer, self.memories)) == self.pointers
+            and all(map(_contiguous, self.memories))
+            and all(map(operator.is_, map(_constraint, variables), self.constraints))
+        )
 
 
-def _step_of_kernel(kernel, weights, gradients, slots, l2, decay, shared) -> None:
-    """The kernel's step and the decay come together before they are rounded to the precision of the weight."""
-    moved = [torch.zeros_like(weight) for weight in weights]
-    if l2:
-        gradients = torch._foreach_add(gradients, weights, alpha=l2)
-    kernel(moved, gradients, *slots, at=shared.at, **shared.arguments)
-    torch._foreach_add_(moved, weights, alpha=-decay)
-    torch._foreach_add_(weights, moved)
+class Group:
+    """Variables that are updated together: their places among all, their weights, and a list for each slot."""
+
+    def __init__(self, optimizer, variables, places):
+        self.places, self.all_held = places, [optimizer.held(variables[i]) for i in places]
+        self.dtype, self.decayed = self.all_held[0].dtype, self.all_held[0].decayed
+        self.weights = [_keras.memory(variables[i]) for i in places]
+        self.slots = [list(map(_memory, column)) for column in zip(*(h.slots for h in self.all_held), strict=True)]
+        self.tiles, self.rooms = None, []  # made when they are needed
+
+    def update(self, optimizer, gradients, shared) -> None:
+        """By torch's kernel, or else by the rule, tile by tile."""
+        l2, decay = (shared.l2 or 0.0, shared.decay or 0.0) if self.decayed else (0.0, 0.0)
+        kernel = kernels.find(optimizer.traits.kernel, shared.at, shared.arguments)
+        if kernel and (not decay or (not l2 and kernels.takes_decay(kernel, decay))):
+            decays = {"decay": decay} if decay else {}
+            kernel(self.weights, gradients, *self.slots, at=shared.at, l2=l2, **decays, **shared.arguments)
+            return
+        if self.tiles is None:
+            self.tiles = list(self._cut())
+        if kernel:
+            way = Beside(partial(kernel, at=shared.at, **shared.arguments), l2, decay)
+        else:
+            way = Program(_whole(optimizer.used_rule, l2, decay, shared), len(self.slots), self.weights[0])
+        for tile in self.tiles:
+            tile.update(way, [gradients[i] for i in tile.members], self.rooms)
+
+    def _cut(self):
+        """The group in tiles: all that share a slab, and of the others each by itself, in parts where it is large."""
+        if self.weights[0].device.type != "cpu":
+            yield Tile(range(len(self.weights)), None, self.weights, self.slots)
+            return
+        together = {}
+        for i, held in enumerate(self.all_held):
+            piece = held.slots[0] if held.slots else None
+            together.setdefault(id(piece.slab) if isinstance(piece, slabs.Piece) else -i, []).append(i)
+        for members in together.values():
+            weights, slots = [_flat(self.weights[i]) for i in members], self.all_held[members[0]].slots
+            if len(members) > 1 and len(members) == len(slots[0].slab.sizes):
+                yield Tile(members, slice(None), weights, [[_flat(_keras.memory(piece.whole))] for piece in slots])
+                continue
+            slots = [[_flat(column[i]) for i in members] for column in self.slots]
+            size = TILE if len(members) == 1 else max(1, sum(map(len, weights)))
+            for start in range(0, max(map(len, weights)), size):
+                cut = slice(start, start + size)
+                yield Tile(members, cut, [x[cut] for x in weights], [[x[cut] for x in column] for column in slots])
 
 
-def _step_of_rule(rule, weights, gradients, slots, l2, decay, shared) -> None:
-    alone = len(weights) == 1
-    weight, gradient, *values = (x[0] if alone else TensorList(x) for x in (weights, gradients, *slots))
-    gradient = gradient + l2 * weight if l2 else gradient
-    step, *values = rule(gradient, weight, *values, at=shared.at, **shared.arguments)
-    step = step + decay * weight if decay else step
-    step, *values = ([x] if alone else x.parts for x in (step, *values))
-    values = [backends.apart(parts, [*weights, *itertools.chain(*slots)]) for parts in values]
-    torch._foreach_sub_(weights, step)
-    for slot, value in zip(slots, values, strict=True):
-        torch._foreach_copy_(slot, value)
+@dataclass
+class Tile:
+    """What a rule works on at a time: the weights of some members of a group, and what holds their slots.
+
+    On a CPU they are flat, of each member the part `cut`, and a slab of which all are members is one tensor.
+    """
+
+    members: list
+    cut: slice | None
+    weights: list
+    slots: list
+
+    def __post_init__(self):
+        self.size = sum(weight.numel() for weight in self.weights)
+        self.starts = {_start(tensor) for tensors in (self.weights, *self.slots) for tensor in tensors}
+
+    def update(self, way, gradients, rooms) -> None:
+        """Update the weights and the slots; `rooms` is memory that was used before."""
+        if self.cut is None:
+            results = way.run_on_lists([gradients, self.weights, *self.slots])
+        else:
+            inputs = [_flat(gradient)[self.cut] for gradient in gradients], self.weights, *self.slots
+            free = self._free(rooms, way.rooms + sum(len(parts) > 1 for parts in inputs))
+            inputs = [torch.cat(parts, out=free.pop()) if len(parts) > 1 else parts[0] for parts in inputs]
+            results = way.run(inputs, free)
+        step, *values = map(_parts, results, (self.weights, *self.slots))
+        values = [self._apart(parts, slot) for parts, slot in zip(values, self.slots, strict=True)]
+        torch._foreach_sub_(self.weights, step)
+        for slot, parts in zip(self.slots, values, strict=True):
+            if parts[0] is not slot[0]:
+                torch._foreach_copy_(slot, parts)
+
+    def _free(self, rooms, count) -> list:
+        """So many of the rooms, of the size of this tile."""
+        like = self.weights[0]
+        for i in range(count):
+            if i == len(rooms):
+                rooms.append(like.new_empty(self.size))
+            elif len(rooms[i]) < self.size:
+                rooms[i] = like.new_empty(self.size)
+        return [room[: self.size] for room in rooms[:count]]
+
+    def _apart(self, parts, slot) -> list:
+        """The parts as they are now, whatever is written before them."""
+        if parts[0] is slot[0]:
+            return parts
+        return [part.clone() if _start(part) in self.starts else part for part in parts]
 
 
-def tiles(*lists):
-    """Parts of tensors, taken from several lists alike, so many at a time as stay in the cache of a processor."""
-    size = TILE if lists[0][0].device.type == "cpu" else None
-    tile, filled = [], 0
-    for tensors in zip(*lists, strict=True):
-        n = tensors[0].numel()
-        parts = [tensors]
-        if size and n > size:
-            parts = zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
-        for part in parts:
-            n = part[0].numel()
-            if size and tile and filled + n > size:
-                yield [list(column) for column in zip(*tile, strict=True)]
-                tile, filled = [], 0
-            tile.append(part)
-            filled += n
-    yield [list(column) for column in zip(*tile, strict=True)]
+@dataclass
+class Beside:
+    """A kernel's step with a decay that the kernel cannot do: both together are rounded once, with the weight."""
+
+    kernel: Callable
+    l2: float
+    decay: float
+    rooms = 1
+
+    def run(self, inputs, rooms) -> list:
+        gradient, weight, *slots = inputs
+        gradient = gradient + self.l2 * weight if self.l2 else gradient
+        moved = torch.mul(weight, -self.decay, out=rooms[0])
+        self.kernel([moved], [gradient], *([slot] for slot in slots))
+        return [moved.neg_(), *slots]
+
+    def run_on_lists(self, inputs) -> list:
+        gradients, weights, *slots = inputs
+        gradients = torch._foreach_add(gradients, weights, alpha=self.l2) if self.l2 else gradients
+        moved = torch._foreach_mul(weights, -self.decay)
+        self.kernel(moved, gradients, *slots)
+        return [torch._foreach_neg(moved), *slots]
+
+
+def _whole(rule, l2, decay, shared):
+    """The rule with what else a step does."""
+
+    def whole(gradient, weight, *slots):
+        gradient = gradient + l2 * weight if l2 else gradient
+        step, *values = rule(gradient, weight, *slots, at=shared.at, **shared.arguments)
+        return step + decay * weight if decay else step, *values
+
+    return whole
+
+
+def _parts(value, like) -> list:
+    """A result in parts like these; what is the same for all entries becomes one for each."""
+    if isinstance(value, list):
+        return value
+    if torch.is_tensor(value) and value.dim():
+        return [value] if len(like) == 1 else value.split([part.numel() for part in like])
+    return [torch.as_tensor(value, dtype=part.dtype, device=part.device).expand_as(part) for part in like]
 
 
 def _memory(slot):
     return slot.view() if isinstance(slot, slabs.Piece) else _keras.memory(slot)
 
 
+def _flat(tensor):
+    return tensor.detach().view(-1)
+
+
+def _start(tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+_pointer, _contiguous = operator.methodcaller("data_ptr"), operator.methodcaller("is_contiguous")
 _constraint = operator.attrgetter("constraint")
-_pointer, _whole = operator.methodcaller("data_ptr"), operator.methodcaller("is_contiguous")
-
-
-if backends.BACKEND == "torch":
-
-    class TensorList(torch.Tensor):
-        """Several tensors that go through arithmetic as one, by torch's operations on lists where it has them.
-
-        A rule is called with lists as with tensors; an operation that torch has for single tensors only is done on
-        one after the other.
-        """
-
-        lists = {
-            "add": torch._foreach_add,
-            "sub": torch._foreach_sub,
-            "mul": torch._foreach_mul,
-            "div": torch._foreach_div,
-            "lerp": torch._foreach_lerp,
-            "sqrt": torch._foreach_sqrt,
-            "neg": torch._foreach_neg,
-            "square": lambda x: torch._foreach_mul(x, x),
-            "__rsub__": lambda x, y: torch._foreach_sub(y, x) if isinstance(y, list) else _negative_plus(x, y),
-        }
-
-        @staticmethod
-        def __new__(cls, parts):
-            n = sum(part.numel() for part in parts)
-            made = torch.Tensor._make_wrapper_subclass(cls, (n,), dtype=parts[0].dtype, device=parts[0].device)
-            made.parts = parts
-            return made
-
-        @classmethod
-        def __torch_function__(cls, function, types, args=(), kwargs=None):
-            name = function.__name__
-            if name == "__get__":  # device, dtype
-                with torch._C.DisableTorchFunctionSubclass():
-                    return function(*args)
-            if name == "to" and args[1:] == (str(args[0].device),) and not kwargs:
-                return args[0]
-            if name in cls.lists and not kwargs and all(isinstance(x, (TensorList, float, int)) for x in args):
-                return TensorList(list(cls.lists[name](*(x.parts if isinstance(x, TensorList) else x for x in args))))
-            leaves, form = torch.utils._pytree.tree_flatten((args, kwargs or {}), lambda x: isinstance(x, TensorList))
-            parts = []
-            for i in range(len(next(x for x in leaves if isinstance(x, TensorList)).parts)):
-                own = [x.parts[i] if isinstance(x, TensorList) else x for x in leaves]
-                args, kwargs = torch.utils._pytree.tree_unflatten(own, form)
-                parts.append(function(*args, **kwargs))
-            return TensorList(parts)
-
-        @classmethod
-        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-            raise NotImplementedError(f"{function} on a list of tensors")
-
-    def _negative_plus(x, y):
-        negative = torch._foreach_neg(x)
-        torch._foreach_add_(negative, y)
-        return negative
