@@ -1,6 +1,7 @@
 """What TensorFlow, JAX and torch do each in their own way: conditions, replicas, gradients of rows."""
 
 import contextlib
+import operator
 import weakref
 
 import keras
@@ -54,7 +55,7 @@ def apart(values, inputs) -> list:
     if BACKEND != "torch":
         return list(values)
     taken = {_start(tensor) for tensor in inputs}
-    return [value.clone() if _start(value) in taken else value for value in values]
+    return [value.clone() if torch.is_tensor(value) and _start(value) in taken else value for value in values]
 
 
 def _start(tensor) -> int:
@@ -101,8 +102,10 @@ def unrecorded():
 
 
 def as_written(function):
-    """The function, which TensorFlow's AutoGraph leaves alone: to rewrite it takes longer than to trace it."""
-    return tf.autograph.experimental.do_not_convert(function) if BACKEND == "tensorflow" else function
+    """The function as Python has it: AutoGraph would rewrite it for longer than it is traced, `torch.compile` break."""
+    if BACKEND == "tensorflow":
+        return tf.autograph.experimental.do_not_convert(function)
+    return torch.compiler.disable(function) if BACKEND == "torch" else function
 
 
 # Conditions
@@ -192,6 +195,13 @@ def subtract(variable, step) -> None:
         native(variable).assign_sub(step)
     else:
         variable.assign(read(variable, step.dtype) - step)
+
+
+def spread(x, like):
+    """A number or scalar tensor as a tensor of one shape with another; a tensor of that shape as it is."""
+    if len(getattr(x, "shape", ())) == len(like.shape):
+        return x
+    return ops.broadcast_to(ops.convert_to_tensor(x, keras.backend.standardize_dtype(like.dtype)), like.shape)
 
 
 def split(flat, sizes) -> list:
@@ -294,13 +304,13 @@ def mapped(function, gradient):
 def distinct_rows(gradient):
     """The gradient with the rows summed that stand for the same row of the variable.
 
-    There are as many rows as before, so that XLA knows their number: zeros fill up, as a gradient of row 0.
+    There are as many rows as before, so that XLA knows their number: zeros fill up, as a gradient of the first row.
     """
     if not has_rows(gradient):
         return gradient
     indices, place, totals = _summed_rows(gradient)
-    indices = tf.maximum(tf.math.unsorted_segment_max(indices, place, tf.shape(indices)[0]), 0)
-    return tf.IndexedSlices(totals, indices, gradient.dense_shape)
+    first, rows = tf.reduce_min(indices), tf.math.unsorted_segment_max(indices, place, tf.shape(indices)[0])
+    return tf.IndexedSlices(totals, tf.maximum(rows, first), gradient.dense_shape)
 
 
 def repeated_sums(gradient):
@@ -347,11 +357,22 @@ def shape_and_dtype(gradient) -> tuple[tuple | None, str]:
     return shape, keras.backend.standardize_dtype(gradient.dtype)
 
 
-def fits(gradient, variable) -> bool:
-    """Whether a gradient is a torch tensor of floats and of the variable's shape; the short way to say yes."""
-    if BACKEND != "torch" or not torch.is_tensor(gradient):
-        return False
-    return gradient.shape == variable.shape and gradient.is_floating_point()
+def all_fit(gradients, variables) -> bool:
+    """Whether all gradients are torch tensors of floats and of the variables' shapes; the short way to say yes."""
+    return (
+        BACKEND == "torch"
+        and all(map(torch.is_tensor, gradients))
+        and list(map(_shape, gradients)) == list(map(_shape, variables))
+        and all(map(torch.is_floating_point, gradients))
+    )
+
+
+def all_of(dtypes, gradients) -> bool:
+    """Whether all gradients are torch tensors of one dtype, the only one in `dtypes`; the short way to say yes."""
+    return BACKEND == "torch" and {getattr(torch, dtype) for dtype in dtypes} == set(map(_dtype, gradients))
+
+
+_shape, _dtype = operator.attrgetter("shape"), operator.attrgetter("dtype")
 
 
 def may_equal(shape, other) -> bool:

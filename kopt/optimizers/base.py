@@ -149,8 +149,13 @@ class Optimizer(_keras.OptimizerBridge):
         if arguments["ema_overwrite_frequency"] is not None and not arguments["use_ema"]:
             allowed = "None without `use_ema=True`"
             checks.refuse("ema_overwrite_frequency", allowed, arguments["ema_overwrite_frequency"])
-        if arguments["sparse"] == "lazy" and backends.BACKEND != "tensorflow":
-            checks.refuse("sparse", f'"exact" on {backends.BACKEND}, where no gradient has rows', "lazy")
+        for condition, where in (
+            (backends.BACKEND != "tensorflow", f"on {backends.BACKEND}, where no gradient has rows"),
+            (backends.strategy() is not None, "under a `tf.distribute` strategy, which sums whole tables"),
+            (arguments["gradient_accumulation_steps"], "beside `gradient_accumulation_steps`: a sum has no rows"),
+        ):
+            if arguments["sparse"] == "lazy" and condition:
+                checks.refuse("sparse", f'"exact" {where}', "lazy")
         clips = [name for name in gradients.CLIPS if arguments[name] is not None]
         if len(clips) > 1:
             checks.refuse(clips[1], f"None beside `{clips[0]}`", arguments[clips[1]])
@@ -180,6 +185,8 @@ class Optimizer(_keras.OptimizerBridge):
                     self.opened[name] = getattr(self, name) or (float(self.before[name]) if self.loaded else 0.0)
             self.index(variables)
             self.__dict__.update(used_rule=self.rule, traits=traits(self.rule), slots_in_use=tuple(self.slots))
+            if self.sparse == "lazy" and not self.traits.elementwise:
+                checks.refuse("sparse", '"exact" with a rule that is not declared `elementwise`', "lazy")
             self._rule_arguments = inspect.signature(self.used_rule).parameters.keys() & self.declared().keys()
             for name, (shape, dtype) in gradients.readings(self).items():
                 self.readings[name] = self.add_variable(shape, dtype=dtype, aggregation="only_first_replica", name=name)
@@ -187,6 +194,7 @@ class Optimizer(_keras.OptimizerBridge):
             self.__dict__["all_held"] = execution.hold(self, variables, excluded)
             self.__dict__["held_of"] = dict(zip(map(id, variables), self.all_held, strict=True))  # the quick way to it
             self.__dict__["overwrites"] = any(held.overwritten for held in self.all_held)
+            self.__dict__["dtypes"] = list(dict.fromkeys(held.dtype for held in self.all_held))
             if self.use_ema:
                 self.show_averages(variables, [held.average for held in self.all_held])
             if self.exclude_from_decay:
@@ -268,10 +276,9 @@ class Optimizer(_keras.OptimizerBridge):
 
     @backends.as_written
     def update_step(self, gradient, variable, learning_rate):
-        """Update one variable. `learning_rate` is a rate, or what `execution.scalars` made of it for the whole step."""
-        shared = learning_rate if isinstance(learning_rate, dict) else execution.scalars(self, learning_rate)
+        """Update one variable by itself, at this rate."""
         with backends.unrecorded():
-            execution.update(self, [variable], [gradient], shared)
+            execution.update(self, [variable], [gradient], execution.scalars(self, learning_rate))
 
     def finalize_variable_values(self, var_list):
         """Raise what `nonfinite="raise"` has left to say; replace the variables by their averages."""

@@ -76,8 +76,7 @@ def _hold(optimizer, variable, decayed: bool, slots) -> Held:
 
 def scalars(optimizer, learning_rate) -> dict[str, Shared]:
     """What all variables share in this step, for each dtype of the arithmetic: nothing is computed for each anew."""
-    dtypes = dict.fromkeys(held.dtype for held in optimizer.all_held)
-    return {dtype: _scalars(optimizer, learning_rate, dtype) for dtype in dtypes}
+    return {dtype: _scalars(optimizer, learning_rate, dtype) for dtype in optimizer.dtypes}
 
 
 def _scalars(optimizer, learning_rate, dtype) -> Shared:
@@ -112,7 +111,7 @@ def update(optimizer, variables, gradients, shared: dict[str, Shared]) -> None:
         variables, gradients = lists.update(optimizer, variables, gradients, shared)
     if not variables:
         return
-    alone = backends.BACKEND == "torch" or not optimizer.traits.elementwise or backends.strategy() is not None
+    alone = not optimizer.traits.elementwise or backends.strategy() is not None
     together: dict[tuple, list] = {}
     for variable, gradient in zip(variables, gradients, strict=True):
         held = optimizer.held(variable)
@@ -124,16 +123,14 @@ def update(optimizer, variables, gradients, shared: dict[str, Shared]) -> None:
 
 def _way(optimizer, variable, gradient, held, shared):
     """How to update a variable, and what those must have in common that are updated together."""
-    single = held.master is not None or _constraint(optimizer, variable) is not None
-    changes = held.decayed and (shared.l2 is not None or shared.decay is not None)  # beside the rule
-    few = optimizer.sparse == "lazy" or (optimizer.traits.rests and not changes)
-    if few and backends.has_rows(gradient) and _constraint(optimizer, variable) is None:
+    decays = held.decayed and (shared.l2 is not None or shared.decay is not None)
+    if backends.has_rows(gradient) and (optimizer.sparse == "lazy" or (optimizer.traits.rests and not decays)):
         return rows, None
     if held.slots and isinstance(held.slots[0], slabs.Piece):
         return flat, held.slots[0].slab
-    if backends.BACKEND != "tensorflow" or single:
+    if backends.BACKEND != "tensorflow" or held.master is not None or _constraint(optimizer, variable) is not None:
         return plain, None
-    if not changes and kernels.find(optimizer.traits.kernel, shared.at, shared.arguments):
+    if not decays and kernels.find(optimizer.traits.kernel, shared.at, shared.arguments):
         return kernel, None
     return (island if backends.is_on_cpu(variable) else plain), None
 
@@ -142,6 +139,7 @@ def plain(optimizer, found, shared) -> None:
     """Read each weight and its slots, run the rule, write them back."""
     for variable, gradient, held in found:
         _update(optimizer, variable, gradient, held, shared, backends.read, optimizer.assign)
+        _constrain(optimizer, variable, held)
 
 
 def rows(optimizer, found, shared) -> None:
@@ -151,6 +149,7 @@ def rows(optimizer, found, shared) -> None:
         read = partial(_read_rows, gradient.indices)
         assign = partial(_assign_rows, gradient.indices)
         _update(optimizer, variable, gradient.values, held, shared, read, assign)
+        _constrain(optimizer, variable, held)
 
 
 def flat(optimizer, found, shared) -> None:
@@ -163,16 +162,19 @@ def flat(optimizer, found, shared) -> None:
     slots = found[0][2].slots
     slab, members, dtype = slots[0].slab, [held.slots[0].place for _, _, held in found], found[0][2].dtype
     values = [slab.read(slot.whole, members, dtype) for slot in slots]
-    step, *values = optimizer.used_rule(_joined(gradients), _joined(weights), *values, at=shared.at, **shared.arguments)
-    for slot, value in zip(slots, values, strict=True):
+    weight = _joined(weights)
+    results = optimizer.used_rule(_joined(gradients), weight, *values, at=shared.at, **shared.arguments)
+    results = [backends.spread(result, weight) for result in backends.apart(results, values)]
+    for slot, value in zip(slots, results[1:], strict=True):
         slab.write(slot.whole, members, value)
-    steps = backends.split(step, [slab.sizes[i] for i in members])
+    steps = backends.split(results[0], [slab.sizes[i] for i in members])
     for (variable, _, held), weight, step in zip(found, weights, steps, strict=True):
         step = ops.reshape(step, variable.shape)
-        if held.master is None and _constraint(optimizer, variable) is None and not _decays(held, shared):
+        if held.master is None and not _decays(held, shared):
             backends.subtract(variable, step)
         else:
             _move(optimizer, variable, weight, _with_decay(step, weight, held, shared), held, optimizer.assign)
+        _constrain(optimizer, variable, held)
 
 
 def kernel(optimizer, found, shared) -> None:
@@ -188,7 +190,8 @@ def island(optimizer, found, shared) -> None:
     """The plain way, compiled by XLA within a TensorFlow graph that is not."""
     if backends.is_eager() or not kernels.compiles():
         plain(optimizer, found, shared)
-    else:
+    else:  # dense gradients, since it is compiled anew for each number of rows
+        found = [(variable, backends.read(gradient, held.dtype), held) for variable, gradient, held in found]
         kernels.island(lambda: plain(optimizer, found, afresh(shared)))
 
 
@@ -243,13 +246,19 @@ def _decays(held, shared) -> bool:
 
 
 def _move(optimizer, variable, weight, step, held, assign) -> None:
-    constraint = _constraint(optimizer, variable)
     weight = weight - step
-    if constraint is not None:
-        weight = constraint(weight)
     if held.master is not None:
         assign(held.master, weight)
     assign(variable, weight)
+
+
+def _constrain(optimizer, variable, held) -> None:
+    constraint = _constraint(optimizer, variable)
+    if constraint is not None:
+        weight = constraint(_weight(variable, held, backends.read))
+        if held.master is not None:
+            optimizer.assign(held.master, weight)
+        optimizer.assign(variable, weight)
 
 
 def _constraint(optimizer, variable):

@@ -6,7 +6,8 @@
 4. accumulate   add to the sum of the window; only the last of `gradient_accumulation_steps` goes on, with the mean
 5. judge        `nonfinite`: a gradient that the rule cannot take ends the step here
 6. clip         `clipnorm`, `clipvalue` or `global_clipnorm`
-7. update       in `execution.plain`, variable by variable: add `l2`, the rule, `weight_decay`, constraint, write
+7. update       in `execution.update`, each variable in the fastest way: add `l2`, the rule, `weight_decay`,
+                constraint, write
 8. average      in `execution.average`, all variables, with a gradient or without: `use_ema`
 9. count        one more applied update: `iterations`
 
@@ -47,8 +48,10 @@ def check(gradients, variables) -> None:
     if len(gradients) != len(variables):
         allowed = f"one for each of the {len(variables)} variables, None where there is none"
         checks.refuse("grads", allowed, f"a list of {len(gradients)}")
+    if backends.all_fit(gradients, variables):
+        return
     for i, (gradient, variable) in enumerate(zip(gradients, variables, strict=True)):
-        if gradient is not None and not backends.fits(gradient, variable):
+        if gradient is not None:
             shape, dtype = backends.shape_and_dtype(gradient)
             if "float" not in dtype or not backends.may_equal(shape, variable.shape):
                 allowed = f"of floats and of shape {tuple(variable.shape)}, like {_keras.path_of(variable)!r}"
@@ -59,15 +62,16 @@ def check(gradients, variables) -> None:
 
 def take(optimizer, gradients, variables) -> None:
     """Take the gradients of one step, which fit, to the rule."""
-    pairs = list(zip(gradients, variables, strict=True))
-    missing = [variable for gradient, variable in pairs if gradient is None]
+    missing = [variable for gradient, variable in zip(gradients, variables, strict=True) if gradient is None]
     if missing:
         names = [_keras.path_of(variable) for variable in missing]
         text = f"Gradients do not exist for variables {names} when minimizing the loss; they are left as they are."
         warnings.warn(text, stacklevel=3)
-    pairs = [(gradient, variable) for gradient, variable in pairs if gradient is not None]
+        variables = [variable for gradient, variable in zip(gradients, variables, strict=True) if gradient is not None]
+        gradients = [gradient for gradient in gradients if gradient is not None]
     scale = optimizer.loss_scale_factor
-    gradients, variables = [_unscaled(optimizer, g, v, scale) for g, v in pairs], [v for _, v in pairs]
+    if scale is not None or optimizer.overwrites or not backends.all_of(optimizer.dtypes, gradients):
+        gradients = [_unscaled(optimizer, g, v, scale) for g, v in zip(gradients, variables, strict=True)]
     looked_at = optimizer.nonfinite != "apply" or optimizer.track_gradient_norm or _limits(optimizer)
     distinct = looked_at and optimizer.gradient_accumulation_steps is None  # a sum has no rows
     backends.summed_over_replicas(gradients, partial(_accumulate, optimizer, variables, missing), distinct)

@@ -17,14 +17,10 @@ elif BACKEND == "torch":
     import torch
 
 
-def find(name, at, arguments):
-    """The kernel of this name that takes these arguments, or None."""
-    if BACKEND == "torch" and arguments.get("momentum") == 0:
-        return None  # torch wants no slot then, but momentum may come back
-    if BACKEND == "torch" and name == "average" and arguments["nesterov"]:
-        return None  # torch looks ahead by the gradient as it came
-    if BACKEND == "torch" and name == "velocity" and at.learning_rate < 1e-8:
-        return None  # it would get lost in `dampening`
+def find(name, at, arguments, device=None):
+    """The kernel of this name that takes these arguments, on torch on this kind of device, or None."""
+    if BACKEND == "torch" and name and not (_takes(name, at, arguments) and _is_on(name, device)):
+        return None
     return _KERNELS.get(name)
 
 
@@ -93,10 +89,26 @@ def island(update) -> None:
 # torch
 
 
+def _takes(name, at, arguments) -> bool:
+    if arguments.get("momentum") == 0:
+        return False  # torch wants no slot then, but momentum may come back
+    if name == "average":
+        return not arguments["nesterov"]  # torch looks ahead by the gradient as it came
+    return name != "velocity" or at.learning_rate >= 1e-8  # it would get lost in `dampening`
+
+
+@functools.cache
+def _is_on(name, device) -> bool:
+    """Whether this torch has the kernel for this kind of device."""
+    kernel = {"adagrad": "adagrad", "adam": "adam", "amsgrad": "adam"}.get(name, "sgd")
+    key = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}.get(device)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::_fused_{kernel}_", key)
+
+
 def _torch():
     same = {"maximize": False, "grad_scale": None, "found_inf": None}
 
-    def steps(weights, t):
+    def steps(weights, t):  # as the kernels take them; where Adam corrects nothing, one so large that 1 - beta**t is 1
         step = torch.tensor(float(t), device=weights[0].device)
         return [step] * len(weights)
 
@@ -107,14 +119,14 @@ def _torch():
         momentum_kernel(weights, gradients, [], l2, lr=at.learning_rate, momentum=0.0, dampening=0.0, nesterov=False)
 
     def velocity(weights, gradients, v, *, at, momentum, nesterov, l2=0.0):
-        # torch has v = momentum v + (1 - dampening) g; w -= lr v
+        # torch has v = momentum v + (1 - dampening) g; w -= lr v: here 1 - dampening is -rate, and lr is -1
         if nesterov and l2:
             gradients, l2 = torch._foreach_add(gradients, weights, alpha=l2), 0.0
         kernel = {"momentum": momentum, "dampening": 1 + at.learning_rate, "nesterov": False}
         momentum_kernel(weights, gradients, v, l2, lr=0.0 if nesterov else -1.0, **kernel)
         if nesterov:  # by the gradient as it came torch would look ahead
-            torch._foreach_add_(weights, v, alpha=momentum)
             torch._foreach_add_(weights, gradients, alpha=-at.learning_rate)
+            torch._foreach_add_(weights, v, alpha=momentum)
 
     def gradient(weights, gradients, v, *, at, momentum, nesterov, l2=0.0):
         momentum_kernel(
@@ -134,7 +146,7 @@ def _torch():
 
     def adam(weights, gradients, m, v, v_max=(), *, at, beta_1, beta_2, epsilon, bias_correction, l2=0.0, decay=0.0):
         fused = torch._fused_adam_
-        if decay:  # already times the learning rate
+        if decay:  # this one decays by its `weight_decay` times the rate, which `decay` has in it already
             fused, l2 = torch._fused_adamw_, decay / at.learning_rate
         fused(
             weights, gradients, m, v, v_max, steps(weights, at.t if bias_correction else 1e30), lr=at.learning_rate,

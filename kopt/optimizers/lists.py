@@ -16,7 +16,7 @@ from kopt.optimizers.program import Program
 if backends.BACKEND == "torch":
     import torch
 
-TILE = 2**18  # entries that a rule works on at a time on a CPU: its results should stay in the cache
+TILE = 2**20  # entries that a rule works on at a time on a CPU, so that its results stay in the cache
 
 
 def update(optimizer, variables, gradients, shared) -> tuple[list, list]:
@@ -74,7 +74,7 @@ class Group:
     def update(self, optimizer, gradients, shared) -> None:
         """By torch's kernel, or else by the rule, tile by tile."""
         l2, decay = (shared.l2 or 0.0, shared.decay or 0.0) if self.decayed else (0.0, 0.0)
-        kernel = kernels.find(optimizer.traits.kernel, shared.at, shared.arguments)
+        kernel = kernels.find(optimizer.traits.kernel, shared.at, shared.arguments, self.weights[0].device.type)
         if kernel and (not decay or (not l2 and kernels.takes_decay(kernel, decay))):
             decays = {"decay": decay} if decay else {}
             kernel(self.weights, gradients, *self.slots, at=shared.at, l2=l2, **decays, **shared.arguments)
@@ -91,7 +91,7 @@ class Group:
     def _cut(self):
         """The group in tiles: all that share a slab, and of the others each by itself, in parts where it is large."""
         if self.weights[0].device.type != "cpu":
-            yield Tile(range(len(self.weights)), None, self.weights, self.slots)
+            yield Tile(range(len(self.weights)), self.weights, self.slots, listed=True)
             return
         together = {}
         for i, held in enumerate(self.all_held):
@@ -100,26 +100,30 @@ class Group:
         for members in together.values():
             weights, slots = [_flat(self.weights[i]) for i in members], self.all_held[members[0]].slots
             if len(members) > 1 and len(members) == len(slots[0].slab.sizes):
-                yield Tile(members, slice(None), weights, [[_flat(_keras.memory(piece.whole))] for piece in slots])
+                yield Tile(members, weights, [[_flat(_keras.memory(piece.whole))] for piece in slots])
                 continue
             slots = [[_flat(column[i]) for i in members] for column in self.slots]
-            size = TILE if len(members) == 1 else max(1, sum(map(len, weights)))
-            for start in range(0, max(map(len, weights)), size):
-                cut = slice(start, start + size)
-                yield Tile(members, cut, [x[cut] for x in weights], [[x[cut] for x in column] for column in slots])
+            if len(members) > 1 or len(weights[0]) <= TILE:
+                yield Tile(members, weights, slots)
+                continue
+            for start in range(0, len(weights[0]), TILE):
+                cut = slice(start, start + TILE)
+                yield Tile(members, [weights[0][cut]], [[slot[cut]] for (slot,) in slots], cut)
 
 
 @dataclass
 class Tile:
     """What a rule works on at a time: the weights of some members of a group, and what holds their slots.
 
-    On a CPU they are flat, of each member the part `cut`, and a slab of which all are members is one tensor.
+    On a CPU they are flat, and the slots of all members of a slab are one tensor. Elsewhere they are `listed` as they
+    are.
     """
 
     members: list
-    cut: slice | None
     weights: list
     slots: list
+    cut: slice | None = None  # the part of a member that is larger than a tile
+    listed: bool = False
 
     def __post_init__(self):
         self.size = sum(weight.numel() for weight in self.weights)
@@ -127,10 +131,12 @@ class Tile:
 
     def update(self, way, gradients, rooms) -> None:
         """Update the weights and the slots; `rooms` is memory that was used before."""
-        if self.cut is None:
+        if self.listed:
             results = way.run_on_lists([gradients, self.weights, *self.slots])
         else:
-            inputs = [_flat(gradient)[self.cut] for gradient in gradients], self.weights, *self.slots
+            gradients = [gradient.view(-1) for gradient in gradients]
+            gradients = gradients if self.cut is None else [gradients[0][self.cut]]
+            inputs = [x if i in way.read else x[:1] for i, x in enumerate((gradients, self.weights, *self.slots))]
             free = self._free(rooms, way.rooms + sum(len(parts) > 1 for parts in inputs))
             inputs = [torch.cat(parts, out=free.pop()) if len(parts) > 1 else parts[0] for parts in inputs]
             results = way.run(inputs, free)
@@ -166,6 +172,10 @@ class Beside:
     l2: float
     decay: float
     rooms = 1
+
+    @property
+    def read(self):
+        return range(99)
 
     def run(self, inputs, rooms) -> list:
         gradient, weight, *slots = inputs

@@ -15,7 +15,7 @@ class At:
 
     def __init__(self, t, learning_rate):
         self.t, self.learning_rate = t, learning_rate
-        self._corrections = {}
+        self._corrections = {}  # id of a beta, a number or tensor -> the beta, kept so that the id stays its own
 
     def afresh(self):
         """The same moment within a condition or a function of its own, whose tensors must not get out."""
@@ -51,6 +51,9 @@ class Traits:
     rests: bool = False
 
 
+KERNELS = "sgd", "velocity", "gradient", "average", "adagrad", "adam", "amsgrad"
+
+
 def elementwise(*, kernel: str | None = None, rests: bool = False):
     """Declare that a rule treats each entry of a weight by itself, whatever its shape and its neighbours.
 
@@ -58,7 +61,7 @@ def elementwise(*, kernel: str | None = None, rests: bool = False):
     is called for each variable by itself, which is right for a rule that looks at a norm or at a shape.
 
     Args:
-        kernel: The kernel in `optimizers/kernels.py` that does the same, if there is one.
+        kernel: The kernel in `optimizers/kernels.py` that does the same, if there is one: it is called in its place.
         rests: Whether a gradient of zero leaves weight and slots as they are, so that rows without a gradient can be
             left alone.
 
@@ -68,10 +71,12 @@ def elementwise(*, kernel: str | None = None, rests: bool = False):
         ... def sign_descent(g, w, *, at):
         ...     return (at.learning_rate * keras.ops.sign(g),)
     """
-    kernel = checks.optional(checks.text)("kernel", kernel)
+    kernel = checks.optional(checks.one_of(*KERNELS))("kernel", kernel)
     traits = Traits(True, kernel, checks.boolean("rests", rests))
 
     def declare(rule):
+        if hasattr(rule, "traits"):
+            checks.refuse("rule", "a function that is not declared yet", rule)
         rule.traits = traits
         return rule
 

@@ -1,8 +1,9 @@
 """Where the slots of small variables live: side by side in one flat variable for each slot, a slab.
 
 A compiled step pays for each variable that it holds, however small. Which variables share a slab follows from their
-sizes alone, so the state has the same form wherever it is used; only where variables are sharded or replicated each has
-slots of its own. A file knows nothing of slabs: it has an entry for each variable and slot.
+sizes, dtypes and devices, never from how a step is run; only where variables are sharded or replicated each has slots
+of its own. A file knows nothing of slabs: it has an entry for each variable and slot. (One that Keras's
+`LossScaleOptimizer` writes has the slabs: it numbers the variables. `state.py` reads both.)
 """
 
 import keras
