@@ -206,6 +206,8 @@ def spread(x, like):
 
 def split(flat, sizes) -> list:
     """A flat tensor in parts of these sizes."""
+    if len(sizes) == 1:
+        return [flat]
     if BACKEND == "tensorflow":
         return tf.split(flat, sizes)
     return ops.split(flat, np.cumsum(sizes)[:-1].tolist())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import kopt
+from kopt.optimizers.rule import KERNELS
 from tests import oracles
 from tests.conftest import BACKEND
 
@@ -264,7 +265,7 @@ KINDS = {
         "window": "window?",
         "bias_correction": "boolean",
     },
-    kopt.elementwise: {"kernel": "text?", "rests": "boolean"},
+    kopt.elementwise: {"kernel": "|".join(KERNELS) + "?", "rests": "boolean"},
     kopt.At: {"t": "made by the step", "learning_rate": "made by the step"},
     kopt.Optimizer: {},  # has no constructor of its own
 }

@@ -1,5 +1,7 @@
 """A citizen of Keras: constraints, averages, wrappers, policies, callbacks."""
 
+import shutil
+
 import keras
 import numpy as np
 import pytest
@@ -97,6 +99,17 @@ def test_fit_under_a_dtype_policy(row, policy):
     assert len(masters) == (4 if policy == "bfloat16" else 0)
     for master, weight in zip(masters, model.trainable_variables, strict=False):
         assert equal([ops.cast(master, policy)], [weight])
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="on the others a step is always compiled, or another test has both")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+def test_torch_compile():
+    losses = []
+    for compiled in (False, True):
+        keras.utils.set_random_seed(0)
+        losses.append(network(kopt.Adam(0.01), jit_compile=compiled).fit(X, Y, verbose=0).history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_callbacks_of_keras(tmp_path):

@@ -101,7 +101,7 @@ def test_kernels_are_used_where_there_are_any(row):
     optimizer = row.make()
     optimizer.build([keras.Variable(np.ones(3, "float32"))])
     shared = execution.scalars(optimizer, optimizer.learning_rate)["float32"]
-    found = kernels.find(optimizer.traits.kernel, shared.at, shared.arguments)
+    found = kernels.find(optimizer.traits.kernel, shared.at, shared.arguments, "cpu")
     beside = shared.decay is not None and BACKEND == "tensorflow"  # decay is not for TensorFlow's kernels
     assert (found is not None and not beside) == (BACKEND in row.kernels)
 
@@ -180,8 +180,28 @@ def stacked(g, w, p, q, *, at):
     return at.learning_rate * ops.max(ops.stack([g, p]), axis=0), ops.maximum(g, p), q
 
 
+def constant(g, w, p, q, *, at):
+    return at.learning_rate, g + 2 * ops.ones(ops.shape(g)), q - at.learning_rate
+
+
+def looked_at_again(g, w, p, q, *, at):  # a view of p, q and w, read after what could take their room
+    flat = p[...]
+    p = g + q
+    q = 1.0 - (g * g) * (p - g)
+    return at.learning_rate * (flat + q), p, q
+
+
+EXPECTED = {  # rule -> step, p, q
+    "delayed": lambda g, w, p, q: (q, g, p),
+    "kept": lambda g, w, p, q: (np.float32(0.1) * (g + np.float32(0.1) * (w - p)), w, q),
+    "stacked": lambda g, w, p, q: (np.float32(0.1) * np.maximum(g, p), np.maximum(g, p), q),
+    "constant": lambda g, w, p, q: (np.float32(0.1), g + 2, q - np.float32(0.1)),
+    "looked_at_again": lambda g, w, p, q: (np.float32(0.1) * (p + 1 - g * g * q), g + q, 1 - g * g * q),
+}
+
+
 @pytest.mark.parametrize("declared", [False, True])
-@pytest.mark.parametrize("rule", [delayed, kept, stacked])
+@pytest.mark.parametrize("rule", [delayed, kept, stacked, constant, looked_at_again])
 def test_a_rule_may_hand_on_what_it_was_given(rule, declared):
     class Own(kopt.Optimizer):
         slots = kopt.Slot("p", "a slot"), kopt.Slot("q", "a slot")
@@ -192,15 +212,35 @@ def test_a_rule_may_hand_on_what_it_was_given(rule, declared):
     for gradients in stream(4):
         optimizer.apply([ops.convert_to_tensor(g) for g in gradients], mine)
         for i, g in enumerate(gradients):
-            w, p, q = expected[i]
-            if rule is delayed:
-                expected[i] = w - q, g, p
-            elif rule is kept:
-                expected[i] = w - np.float32(0.1) * (g + np.float32(0.1) * (w - p)), w, q
-            else:
-                expected[i] = w - np.float32(0.1) * np.maximum(g, p), np.maximum(g, p), q
+            w, *slots = expected[i]
+            step, *slots = EXPECTED[rule.__name__](g, w, *slots)
+            expected[i] = w - step, *slots
     rule.__dict__.pop("traits", None)
     close(mine, [w for w, _, _ in expected], tolerance=1e-5)
+
+
+@TORCH  # the others call a rule with the tensors themselves
+def test_a_rule_that_is_no_elementwise_one_is_refused():
+    def peeking(g, w, *, at):
+        return (at.learning_rate * g if ops.max(g) > 0 else g,)
+
+    def noisy(g, w, *, at):
+        return (at.learning_rate * g + keras.random.normal(ops.shape(g)),)
+
+    for rule, error, message in (
+        (peeking, TypeError, "^A rule that is declared `elementwise` must not look at values: `__bool__`$"),
+        (noisy, ValueError, "^A rule that is declared `elementwise` must not make tensors of entries that differ$"),
+    ):
+        own = type("Own", (kopt.Optimizer,), {"rule": staticmethod(kopt.elementwise()(rule))})
+        with pytest.raises(error, match=message):
+            own(0.1).apply([ops.ones((2, 3))], [keras.Variable(np.ones((2, 3)))])
+
+
+def test_declarations_are_checked():
+    with pytest.raises(ValueError, match="^`kernel` must be one of 'sgd', .*. Received: kernel='adamm'$"):
+        kopt.elementwise(kernel="adamm")
+    with pytest.raises(ValueError, match="^`rule` must be a function that is not declared yet."):
+        kopt.elementwise()(kopt.SGD().rule)
 
 
 @TORCH  # JAX has nothing to change in place, and on TensorFlow Keras's optimizers have no stateless form
@@ -364,6 +404,68 @@ def test_a_decay_too_small_for_torchs_kernel_is_not_rounded_away():
         undecayed.apply(g, other)
     decayed = numpy(other)[0].mean(dtype="float64") - numpy(mine)[0].mean(dtype="float64")
     assert decayed == pytest.approx(400 * 2e-8, rel=0.2)
+
+
+@TORCH
+@every_row
+def test_a_gradient_that_is_the_weight_itself(row):
+    (mine,), (theirs,) = variables()[:1], variables()[:1]
+    one, other = row.make(), row.make()
+    for _ in range(3):
+        one.apply([mine.value], [mine])
+        other.apply([ops.copy(theirs.value)], [theirs])
+    close([mine], [theirs])
+
+
+@TORCH
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_work_on_torch_grows_no_faster_than_the_variables(dtype):
+    """Though they share slabs, and whether there are constraints or weights of 16 bits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Moved(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            entries.append(getattr(result, "nbytes", 0))
+            return result
+
+    work = []
+    for count in (8, 64):
+        mine = [keras.Variable(np.ones((9, 9)), dtype=dtype) for _ in range(count)]
+        mine[0].constraint = mine[1].constraint = keras.constraints.NonNeg()
+        given, optimizer, entries = [ops.ones((9, 9), dtype) for _ in range(count)], kopt.Adam(), []
+        optimizer.apply(given, mine)
+        with Moved():
+            optimizer.apply(given, mine)
+        work.append(sum(entries))
+    assert work[1] <= 10 * work[0]
+
+
+@TORCH
+@every_class
+def test_variables_that_move_are_found_again(row):
+    """The lists of tensors that are kept must not outlive what they are of."""
+    mine, theirs, ours, other = variables(), variables(), row.make(), row.make()
+    for i, gradients in enumerate(stream(5)):
+        gradients = [ops.convert_to_tensor(g) for g in gradients]
+        if i == 1:
+            mine[0]._value.data = mine[0]._value.data.clone()  # as `module.to` does
+        if i == 2:
+            for slot in {id(p): p for p in (getattr(p, "whole", p) for p in ours.parts)}.values():
+                slot._value.data = slot._value.data.clone()
+        if i == 3:
+            mine[0]._value.data = mine[0]._value.data.T.contiguous().T
+        if i == 4:
+            mine[1].constraint = theirs[1].constraint = keras.constraints.NonNeg()
+        chosen = slice(None) if i else slice(0, 3)
+        ours.build(mine)
+        other.build(theirs)
+        ours.apply(gradients[chosen], mine[chosen])
+        with pytest.MonkeyPatch.context() as patch:
+            plainly(patch)
+            other.apply(gradients[chosen], theirs[chosen])
+        close(mine, theirs)
+    assert (numpy(mine)[1] >= 0).all()
 
 
 @TORCH

@@ -5,6 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import kopt
 from kopt.optimizers import execution
@@ -169,6 +170,64 @@ def test_decay_and_constraints_reach_every_row(row):
         stepped(row.make(**more), dense, "graph", [densely(of_rows(0))])
         np.testing.assert_allclose(numpy([sparse])[0], numpy([dense])[0], rtol=1e-5, atol=1e-6)
         assert not np.array_equal(numpy([sparse])[0][1], numpy([table()])[0][1])
+
+
+@TENSORFLOW
+@pytest.mark.parametrize("more", [{"clipnorm": 1.0}, {"nonfinite": "skip"}, {"track_gradient_norm": True}], ids=str)
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+def test_lazy_rows_that_repeat_leave_all_others_alone(mode, more):
+    """Row 0 is often the padding: nothing that is done to gradients on the way may touch it."""
+    lazy, optimizer = table(), kopt.Adam(0.1, sparse="lazy", **more)
+    given = [of_rows(i, indices) for i, indices in enumerate([[0, 1, 1], [0, 1, 1], [3, 3, 5], [3, 3, 5]])]
+    stepped(optimizer, lazy, mode, given[:2])
+    before = numpy([lazy])[0]
+    stepped(optimizer, lazy, mode, given[2:])
+    moved = np.flatnonzero((numpy([lazy])[0] != before).any(axis=1))
+    assert moved.tolist() == [3, 5]
+
+
+@TENSORFLOW
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+def test_lazy_rows_and_a_constraint(mode):
+    lazy, free = table(), table()
+    lazy.constraint = lambda w: ops.clip(w, -0.5, 0.5)
+    stepped(kopt.Adam(0.1, sparse="lazy"), lazy, mode, [of_rows(0)])
+    stepped(kopt.Adam(0.1, sparse="lazy"), free, mode, [of_rows(0)])
+    np.testing.assert_array_equal(numpy([lazy])[0], np.clip(numpy([free])[0], -0.5, 0.5))
+
+
+@TENSORFLOW
+def test_lazy_rows_are_refused_where_they_would_be_dense():
+    import tensorflow as tf
+
+    with pytest.raises(ValueError, match='^`sparse` must be "exact" beside `gradient_accumulation_steps`: a sum has'):
+        kopt.Adam(sparse="lazy", gradient_accumulation_steps=2)
+    with tf.distribute.OneDeviceStrategy("cpu").scope(), pytest.raises(ValueError, match="^`sparse` must .* strategy"):
+        kopt.Adam(sparse="lazy")
+
+    class ByNorm(kopt.Optimizer):
+        rule = staticmethod(lambda g, w, *, at: (at.learning_rate * g / ops.norm(g),))
+
+    with pytest.raises(ValueError, match='^`sparse` must be "exact" with a rule that is not declared `elementwise`'):
+        ByNorm(0.1, sparse="lazy").build([table()])
+
+
+@TENSORFLOW
+def test_an_island_is_compiled_once_whatever_the_number_of_rows():
+    """What goes into it has a shape that is known, though the number of rows is not."""
+    import tensorflow as tf
+
+    mine, optimizer = table(), kopt.RMSprop()
+    optimizer.build([mine])
+    width = tuple(mine.shape)[1]
+
+    def step(values, indices):
+        optimizer.apply([tf.IndexedSlices(values, indices, (300, width))], [mine])
+
+    specs = tf.TensorSpec((None, width)), tf.TensorSpec((None,), "int64")
+    graph = tf.function(step, autograph=False).get_concrete_function(*specs).graph
+    (island,) = [o for o in graph.get_operations() if "PartitionedCall" in o.type]
+    assert all(tensor.shape.is_fully_defined() for tensor in island.inputs)
 
 
 @TENSORFLOW

@@ -57,8 +57,9 @@ KERNELS = "sgd", "velocity", "gradient", "average", "adagrad", "adam", "amsgrad"
 def elementwise(*, kernel: str | None = None, rests: bool = False):
     """Declare that a rule treats each entry of a weight by itself, whatever its shape and its neighbours.
 
-    Such a rule may run on many variables laid together, on pieces of one, and on some of its rows. Without it a rule
-    is called for each variable by itself, which is right for a rule that looks at a norm or at a shape.
+    Such a rule may run on many variables laid together, on pieces of one, and on some of its rows, so it must not ask
+    for a shape or a value, nor draw at random. Without the declaration a rule is called for each variable by itself,
+    which is right for one that looks at a norm.
 
     Args:
         kernel: The kernel in `optimizers/kernels.py` that does the same, if there is one: it is called in its place.
