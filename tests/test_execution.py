@@ -7,9 +7,9 @@ from keras import ops
 
 import kopt
 from kopt.optimizers import execution, kernels, lists, slabs
-from tests.catalog import OPTIMIZERS
+from tests.catalog import CLASSES, OPTIMIZERS
 from tests.conftest import BACKEND
-from tests.training import MODES, STREAM, equal, every_class, every_mode, every_row, numpy, same, train
+from tests.training import MODES, STREAM, equal, every_class, every_row, numpy, same, train
 
 TENSORFLOW = pytest.mark.skipif(BACKEND != "tensorflow", reason="what is looked at is TensorFlow's")
 JAX = pytest.mark.skipif(BACKEND != "jax", reason="what is looked at is JAX's")
@@ -106,8 +106,11 @@ def test_kernels_are_used_where_there_are_any(row):
     assert (found is not None and not beside) == (BACKEND in row.kernels)
 
 
-@every_row
-@every_mode
+@pytest.mark.parametrize(
+    ("row", "mode"),
+    [(row, "eager") for row in OPTIMIZERS] + [(row, mode) for row in CLASSES for mode in MODES if mode != "eager"],
+    ids=str,
+)
 def test_a_slab_without_some_of_its_variables(row, mode, monkeypatch):
     """Those without a gradient stay as they are, to the bit, and the others go on as if alone."""
     more = {"weight_decay": 0.1, "exclude_from_decay": "a$"}

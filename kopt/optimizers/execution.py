@@ -4,6 +4,7 @@
 definition; tests/test_execution.py proves the others equal to it.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -169,7 +170,7 @@ def flat(optimizer, found, shared) -> None:
         slab.write(slot.whole, members, value)
     steps = backends.split(results[0], [slab.sizes[i] for i in members])
     for (variable, _, held), weight, step in zip(found, weights, steps, strict=True):
-        step = ops.reshape(step, variable.shape)
+        step = _shaped(step, variable.shape)
         if held.master is None and not _decays(held, shared):
             backends.subtract(variable, step)
         else:
@@ -277,4 +278,8 @@ def _weight(variable, held: Held, read):
 
 
 def _joined(tensors):
-    return ops.concatenate([ops.reshape(tensor, (-1,)) for tensor in tensors])
+    return ops.concatenate([_shaped(tensor, (math.prod(tensor.shape),)) for tensor in tensors])
+
+
+def _shaped(tensor, shape):
+    return tensor if tuple(tensor.shape) == tuple(shape) else ops.reshape(tensor, shape)
