@@ -204,6 +204,11 @@ def spread(x, like):
     return ops.broadcast_to(ops.convert_to_tensor(x, keras.backend.standardize_dtype(like.dtype)), like.shape)
 
 
+def norms(arrays, order=2):
+    """The norm of each of some torch tensors, as one tensor."""
+    return torch.stack(torch._foreach_norm(arrays, order))
+
+
 def split(flat, sizes) -> list:
     """A flat tensor in parts of these sizes."""
     if len(sizes) == 1:

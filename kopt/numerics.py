@@ -6,7 +6,7 @@ import numpy as np
 from keras import config, ops
 from keras.config import backend
 
-from kopt import checks
+from kopt import backends, checks
 
 
 def lerp(a, b, weight):
@@ -45,10 +45,12 @@ def norm(arrays):
         return ops.zeros((), dtype), ops.ones((), dtype)
 
     def root(scaled):
+        if backend() == "torch":
+            return ops.sqrt(ops.sum(ops.square(backends.norms(scaled))))
         return ops.sqrt(sum(ops.sum(ops.square(a)) for a in scaled))
 
     direct = root(arrays)
-    fits = ops.isfinite(direct) & (direct > math.sqrt(np.finfo(dtype).tiny) * 1e3)
+    fits = _fits(direct, dtype)
 
     def largest():
         found = ops.max(ops.stack([ops.max(ops.abs(a)) for a in arrays]))
@@ -56,6 +58,27 @@ def norm(arrays):
 
     unit = ops.cond(fits, lambda: ops.ones((), dtype), largest)
     return ops.cond(fits, lambda: direct, lambda: root([a / unit for a in arrays])), unit
+
+
+def _fits(norm, dtype):
+    """Whether no square has overflowed or vanished in a norm."""
+    return ops.isfinite(norm) & (norm > math.sqrt(np.finfo(dtype).tiny) * 1e3)
+
+
+def shrinkings(arrays, limit) -> list:
+    """For each array the factor that brings its own norm down to `limit`; on torch for all at once."""
+    if backend() != "torch":
+        return [shrinking(norm([a]), limit) for a in arrays]
+    dtype = str(limit.dtype).removeprefix("torch.")
+    arrays = [ops.zeros((1,), dtype) if 0 in a.shape else ops.cast(a, dtype) for a in arrays]
+    values = backends.norms(arrays)
+    units, fits = ops.ones_like(values), _fits(values, dtype)
+    if not ops.all(fits):
+        largest = backends.norms(arrays, math.inf)
+        largest = ops.where(largest >= float(np.finfo(dtype).tiny), largest, units)
+        scaled = backends.norms([a / unit for a, unit in zip(arrays, largest, strict=True)])
+        values, units = ops.where(fits, values, scaled), ops.where(fits, units, largest)
+    return list(shrinking((values, units), limit))
 
 
 def shrinking(norm, limit):

@@ -187,6 +187,10 @@ def constant(g, w, p, q, *, at):
     return at.learning_rate, g + 2 * ops.ones(ops.shape(g)), q - at.learning_rate
 
 
+def written(g, w, p, q, *, at):
+    return at.learning_rate * g, 2 * g, w + 1  # never reads a slot
+
+
 def looked_at_again(g, w, p, q, *, at):  # a view of p, q and w, read after what could take their room
     flat = p[...]
     p = g + q
@@ -199,12 +203,13 @@ EXPECTED = {  # rule -> step, p, q
     "kept": lambda g, w, p, q: (np.float32(0.1) * (g + np.float32(0.1) * (w - p)), w, q),
     "stacked": lambda g, w, p, q: (np.float32(0.1) * np.maximum(g, p), np.maximum(g, p), q),
     "constant": lambda g, w, p, q: (np.float32(0.1), g + 2, q - np.float32(0.1)),
+    "written": lambda g, w, p, q: (np.float32(0.1) * g, 2 * g, w + 1),
     "looked_at_again": lambda g, w, p, q: (np.float32(0.1) * (p + 1 - g * g * q), g + q, 1 - g * g * q),
 }
 
 
 @pytest.mark.parametrize("declared", [False, True])
-@pytest.mark.parametrize("rule", [delayed, kept, stacked, constant, looked_at_again])
+@pytest.mark.parametrize("rule", [delayed, kept, stacked, constant, written, looked_at_again])
 def test_a_rule_may_hand_on_what_it_was_given(rule, declared):
     class Own(kopt.Optimizer):
         slots = kopt.Slot("p", "a slot"), kopt.Slot("q", "a slot")
@@ -212,9 +217,11 @@ def test_a_rule_may_hand_on_what_it_was_given(rule, declared):
     Own.rule = staticmethod(kopt.elementwise()(rule) if declared else rule)
     mine, optimizer = variables(), Own(0.1)
     expected = [(w, np.zeros_like(w), np.zeros_like(w)) for w in numpy(mine)]
-    for gradients in stream(4):
-        optimizer.apply([ops.convert_to_tensor(g) for g in gradients], mine)
-        for i, g in enumerate(gradients):
+    optimizer.build(mine)
+    for step, gradients in enumerate(stream(4)):
+        chosen = gradients[: len(mine) - step % 2]  # at times one of the slab is missing
+        optimizer.apply([ops.convert_to_tensor(g) for g in chosen], mine[: len(chosen)])
+        for i, g in enumerate(chosen):
             w, *slots = expected[i]
             step, *slots = EXPECTED[rule.__name__](g, w, *slots)
             expected[i] = w - step, *slots
@@ -407,6 +414,26 @@ def test_a_decay_too_small_for_torchs_kernel_is_not_rounded_away():
         undecayed.apply(g, other)
     decayed = numpy(other)[0].mean(dtype="float64") - numpy(mine)[0].mean(dtype="float64")
     assert decayed == pytest.approx(400 * 2e-8, rel=0.2)
+
+
+@TORCH
+@every_row
+@pytest.mark.parametrize("rate", [0.1, 1e-7])  # at which AdamW's decay is too small for torch's kernel
+@pytest.mark.parametrize("by", ["the rule", "the kernel"])
+def test_lists_as_on_an_accelerator(row, rate, by, monkeypatch):
+    """There a group is not cut, but goes through operations on lists."""
+    more = {"learning_rate": rate, "weight_decay": 0.1, "l2": 0.1, "exclude_from_decay": "b$"}
+    slow, theirs = variables(), row.make(**more)
+    with monkeypatch.context() as patch:
+        plainly(patch)
+        train("eager", theirs, slow, stream())
+    whole = lambda group: [lists.Tile(range(len(group.weights)), group.weights, group.slots, listed=True)]  # noqa: E731
+    monkeypatch.setattr(lists.Group, "_cut", whole)
+    if by == "the rule":
+        monkeypatch.setattr(kernels, "find", lambda *_: None)
+    fast, ours = variables(), row.make(**more)
+    train("eager", ours, fast, stream())
+    close(fast, slow)
 
 
 @TORCH

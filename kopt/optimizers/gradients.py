@@ -209,7 +209,7 @@ def _update(optimizer, variables, gradients, count, doubtful) -> None:
         if count is None and not limits and not optimizer.overwrites:
             execution.update(optimizer, variables, gradients, shared)
             return
-        rule, means = [], []
+        rule, means = [], {dtype: [] for dtype in optimizer.dtypes}
         for variable, gradient in zip(variables, gradients, strict=True):
             held = optimizer.held(variable)
             gradient = _mean(held, gradient, count)
@@ -217,8 +217,9 @@ def _update(optimizer, variables, gradients, count, doubtful) -> None:
                 optimizer.assign(variable, gradient)
             else:
                 rule.append(variable)
-                means.append(_clipped(limits, gradient, norm, held.dtype))
-        execution.update(optimizer, rule, means, shared)
+                means[held.dtype].append(gradient)
+        means = {dtype: iter(_clipped(limits, of_dtype, norm, dtype)) for dtype, of_dtype in means.items()}
+        execution.update(optimizer, rule, [next(means[optimizer.held(v).dtype]) for v in rule], shared)
 
     sure = len(variables) - len(doubtful)  # those last ones had no gradient now, but may have had one in the window
     for variable, gradient in zip(variables[sure:], gradients[sure:], strict=True):
@@ -241,16 +242,18 @@ def _limits(optimizer) -> dict:
     return {name: variable for name, variable in optimizer.hyper_variables.items() if name in CLIPS}
 
 
-def _clipped(limits, gradient, global_norm, dtype):
-    if not limits:
-        return gradient
+def _clipped(limits, gradients, global_norm, dtype) -> list:
+    if not limits or not gradients:
+        return gradients
     ((kind, variable),) = limits.items()
     limit = backends.read(variable, dtype)
     if kind == "clipvalue":
-        return backends.mapped(lambda g: ops.clip(g, -limit, limit), gradient)
-    norm = global_norm if kind == "global_clipnorm" else numerics.norm([backends.entries(gradient)])
-    factor = numerics.shrinking(norm, limit)
-    return backends.mapped(lambda g: g * factor, gradient)
+        return [backends.mapped(lambda g: ops.clip(g, -limit, limit), gradient) for gradient in gradients]
+    if kind == "global_clipnorm":
+        factors = [numerics.shrinking(global_norm, limit)] * len(gradients)
+    else:
+        factors = numerics.shrinkings([backends.entries(gradient) for gradient in gradients], limit)
+    return [backends.mapped(lambda g, f=f: g * f, g) for g, f in zip(gradients, factors, strict=True)]
 
 
 def _int(variable):

@@ -122,11 +122,12 @@ def _torch():
         # torch has v = momentum v + (1 - dampening) g; w -= lr v: here 1 - dampening is -rate, and lr is -1
         if nesterov and l2:
             gradients, l2 = torch._foreach_add(gradients, weights, alpha=l2), 0.0
-        kernel = {"momentum": momentum, "dampening": 1 + at.learning_rate, "nesterov": False}
-        momentum_kernel(weights, gradients, v, l2, lr=0.0 if nesterov else -1.0, **kernel)
         if nesterov:  # by the gradient as it came torch would look ahead
-            torch._foreach_add_(weights, gradients, alpha=-at.learning_rate)
-            torch._foreach_add_(weights, v, alpha=momentum)
+            both = zip(gradients, weights, strict=True)
+            gradients = [g.clone() if g.data_ptr() == w.data_ptr() else g for g, w in both]
+            sgd(weights, gradients, at=at)
+        kernel = {"momentum": momentum, "dampening": 1 + at.learning_rate, "nesterov": False}
+        momentum_kernel(weights, gradients, v, l2, lr=-momentum if nesterov else -1.0, **kernel)
 
     def gradient(weights, gradients, v, *, at, momentum, nesterov, l2=0.0):
         momentum_kernel(

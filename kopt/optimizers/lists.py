@@ -136,7 +136,7 @@ class Tile:
         else:
             gradients = [gradient.view(-1) for gradient in gradients]
             gradients = gradients if self.cut is None else [gradients[0][self.cut]]
-            inputs = [x if i in way.read else x[:1] for i, x in enumerate((gradients, self.weights, *self.slots))]
+            inputs = [x if i in way.used else x[:1] for i, x in enumerate((gradients, self.weights, *self.slots))]
             free = self._free(rooms, way.rooms + sum(len(parts) > 1 for parts in inputs))
             inputs = [torch.cat(parts, out=free.pop()) if len(parts) > 1 else parts[0] for parts in inputs]
             results = way.run(inputs, free)
@@ -171,11 +171,7 @@ class Beside:
     kernel: Callable
     l2: float
     decay: float
-    rooms = 1
-
-    @property
-    def read(self):
-        return range(99)
+    rooms, used = 1, range(9)  # all inputs
 
     def run(self, inputs, rooms) -> list:
         gradient, weight, *slots = inputs
@@ -205,7 +201,7 @@ def _whole(rule, l2, decay, shared):
 
 def _parts(value, like) -> list:
     """A result in parts like these; what is the same for all entries becomes one for each."""
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return value
     if torch.is_tensor(value) and value.dim():
         return [value] if len(like) == 1 else value.split([part.numel() for part in like])

@@ -74,9 +74,9 @@ class Program:
         sample = torch.ones(SAMPLE, dtype=like.dtype, device=like.device)
         symbols = [self._symbol(sample.clone(), place) for place in range(self.inputs)]
         self.results = [self._leaf(result) for result in rule(*symbols)]
-        read = [*self.results, *(leaf for operation in self.operations for leaf in operation.leaves)]
-        self.read = {leaf.place for leaf in read if isinstance(leaf, Value)}
         self.rooms = self._find_rooms()
+        used = [*self.results, *(x for operation in self.operations for x in [operation.room, *operation.leaves])]
+        self.used = {x.place for x in used if isinstance(x, Value)}
 
     def note(self, function, args, kwargs, result):
         leaves, form = trees.tree_flatten((args, kwargs))
