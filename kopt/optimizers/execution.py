@@ -108,18 +108,19 @@ def afresh(shared: Shared) -> Shared:
 
 def update(optimizer, variables, gradients, shared: dict[str, Shared]) -> None:
     """Update the variables, each in the fastest way that there is for it."""
-    if variables and backends.BACKEND == "torch":
-        variables, gradients = lists.update(optimizer, variables, gradients, shared)
-    if not variables:
-        return
+    left = list(zip(variables, gradients, strict=True))
+    if left and backends.BACKEND == "torch":
+        left = lists.update(optimizer, variables, gradients, shared)
     alone = not optimizer.traits.elementwise or backends.strategy() is not None
     together: dict[tuple, list] = {}
-    for variable, gradient in zip(variables, gradients, strict=True):
+    for variable, gradient in left:
         held = optimizer.held(variable)
         way, key = (plain, None) if alone else _way(optimizer, variable, gradient, held, shared[held.dtype])
         together.setdefault((way, held.dtype, key), []).append((variable, gradient, held))
     for (way, dtype, _), found in together.items():
         way(optimizer, found, shared[dtype])
+    for variable in variables:
+        _constrain(optimizer, variable)
 
 
 def _way(optimizer, variable, gradient, held, shared):
@@ -129,7 +130,7 @@ def _way(optimizer, variable, gradient, held, shared):
         return rows, None
     if held.slots and isinstance(held.slots[0], slabs.Piece):
         return flat, held.slots[0].slab
-    if backends.BACKEND != "tensorflow" or held.master is not None or _constraint(optimizer, variable) is not None:
+    if backends.BACKEND != "tensorflow" or held.master is not None:
         return plain, None
     if not decays and kernels.find(optimizer.traits.kernel, shared.at, shared.arguments):
         return kernel, None
@@ -140,7 +141,6 @@ def plain(optimizer, found, shared) -> None:
     """Read each weight and its slots, run the rule, write them back."""
     for variable, gradient, held in found:
         _update(optimizer, variable, gradient, held, shared, backends.read, optimizer.assign)
-        _constrain(optimizer, variable, held)
 
 
 def rows(optimizer, found, shared) -> None:
@@ -150,7 +150,6 @@ def rows(optimizer, found, shared) -> None:
         read = partial(_read_rows, gradient.indices)
         assign = partial(_assign_rows, gradient.indices)
         _update(optimizer, variable, gradient.values, held, shared, read, assign)
-        _constrain(optimizer, variable, held)
 
 
 def flat(optimizer, found, shared) -> None:
@@ -175,7 +174,6 @@ def flat(optimizer, found, shared) -> None:
             backends.subtract(variable, step)
         else:
             _move(optimizer, variable, weight, _with_decay(step, weight, held, shared), held, optimizer.assign)
-        _constrain(optimizer, variable, held)
 
 
 def kernel(optimizer, found, shared) -> None:
@@ -253,19 +251,17 @@ def _move(optimizer, variable, weight, step, held, assign) -> None:
     assign(variable, weight)
 
 
-def _constrain(optimizer, variable, held) -> None:
-    constraint = _constraint(optimizer, variable)
+def _constrain(optimizer, variable) -> None:
+    constrained = variable
+    if backends.strategy() is not None:  # a replica's own copy has no constraint
+        constrained = optimizer.trained[optimizer.index_of(variable)]
+    constraint = getattr(constrained, "constraint", None)
     if constraint is not None:
+        held = optimizer.held(variable)
         weight = constraint(_weight(variable, held, backends.read))
         if held.master is not None:
             optimizer.assign(held.master, weight)
         optimizer.assign(variable, weight)
-
-
-def _constraint(optimizer, variable):
-    if backends.strategy() is not None:  # a replica's own copy has none
-        variable = optimizer.trained[optimizer.index_of(variable)]
-    return getattr(variable, "constraint", None)
 
 
 def _weight(variable, held: Held, read):

@@ -19,16 +19,16 @@ if backends.BACKEND == "torch":
 TILE = 2**20  # entries that a rule works on at a time on a CPU, so that its results stay in the cache
 
 
-def update(optimizer, variables, gradients, shared) -> tuple[list, list]:
-    """Update what can be updated together; the variables that are left, and their gradients."""
+def update(optimizer, variables, gradients, shared) -> list:
+    """Update what can be updated together; the variables that are left, each with its gradient."""
     if not optimizer.traits.elementwise or _keras.is_stateless():  # there nothing may be changed in place
-        return variables, gradients
+        return list(zip(variables, gradients, strict=True))
     plan = optimizer.plan
     if plan is None or not plan.holds(variables):
         plan = optimizer.__dict__["plan"] = Plan(optimizer, variables)
     for group in plan.groups:
         group.update(optimizer, [gradients[i].contiguous() for i in group.places], shared[group.dtype])
-    return [variables[i] for i in plan.left], [gradients[i] for i in plan.left]
+    return [(variables[i], gradients[i]) for i in plan.left]
 
 
 class Plan:
@@ -38,14 +38,13 @@ class Plan:
         self.variables, self.left, alike = list(variables), [], {}
         for i, variable in enumerate(variables):
             held, memory = optimizer.held(variable), _keras.memory(variable)
-            if held.master is not None or variable.constraint is not None or not memory.is_contiguous():
+            if not memory.is_contiguous():
                 self.left.append(i)
             else:
                 alike.setdefault((held.dtype, held.decayed, memory.device), []).append(i)
         self.groups = [Group(optimizer, variables, places) for places in alike.values()]
-        self.constraints = [variable.constraint for variable in variables]
-        slots = (slot for variable in variables for slot in optimizer.held(variable).slots)
-        self.read = list({id(v): v for v in [*variables, *(getattr(s, "whole", s) for s in slots)]}.values())
+        kept = [part for variable in variables for part in optimizer.held(variable).parts]
+        self.read = list({id(v): v for v in [*variables, *(getattr(part, "whole", part) for part in kept)]}.values())
         self.memories = list(map(_keras.memory, self.read))
         self.pointers = list(map(_pointer, self.memories))
 
@@ -57,21 +56,37 @@ class Plan:
             and all(map(operator.is_, map(_keras.memory, self.read), self.memories))
             and list(map(_pointer, self.memories)) == self.pointers
             and all(map(_contiguous, self.memories))
-            and all(map(operator.is_, map(_constraint, variables), self.constraints))
         )
 
 
 class Group:
-    """Variables that are updated together: their places among all, their weights, and a list for each slot."""
+    """Variables that are updated together: their places among all, their weights, and a list for each slot.
+
+    The weight of a variable of 16 bits is its master, and `narrow` has the variable itself.
+    """
 
     def __init__(self, optimizer, variables, places):
         self.places, self.all_held = places, [optimizer.held(variables[i]) for i in places]
         self.dtype, self.decayed = self.all_held[0].dtype, self.all_held[0].decayed
-        self.weights = [_keras.memory(variables[i]) for i in places]
+        self.weights = [_keras.memory(variables[i] if h.master is None else h.master)
+                        for i, h in zip(places, self.all_held, strict=True)]  # fmt: skip
+        masters = [j for j, held in enumerate(self.all_held) if held.master is not None]
+        self.narrow, self.versions = {j: _keras.memory(variables[places[j]]) for j in masters}, {}
         self.slots = [list(map(_memory, column)) for column in zip(*(h.slots for h in self.all_held), strict=True)]
         self.tiles, self.rooms = None, []  # made when they are needed
 
     def update(self, optimizer, gradients, shared) -> None:
+        for i, memory in self.narrow.items():
+            if memory.is_inference() or self.versions.get(i) != memory._version:  # it was assigned from outside
+                master = self.weights[i]
+                wide = torch.where(master.to(memory.dtype) == memory, master, memory.to(master.dtype))
+                master.copy_(wide)
+        self._update(optimizer, gradients, shared)
+        for i, memory in self.narrow.items():
+            memory.copy_(self.weights[i])
+            self.versions[i] = None if memory.is_inference() else memory._version
+
+    def _update(self, optimizer, gradients, shared) -> None:
         """By torch's kernel, or else by the rule, tile by tile."""
         l2, decay = (shared.l2 or 0.0, shared.decay or 0.0) if self.decayed else (0.0, 0.0)
         kernel = kernels.find(optimizer.traits.kernel, shared.at, shared.arguments, self.weights[0].device.type)
@@ -221,4 +236,3 @@ def _start(tensor) -> int:
 
 
 _pointer, _contiguous = operator.methodcaller("data_ptr"), operator.methodcaller("is_contiguous")
-_constraint = operator.attrgetter("constraint")
