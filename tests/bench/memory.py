@@ -45,7 +45,7 @@ def peak(rule, count) -> float:
         total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         return (total - memory.alias_size_in_bytes) / bytes_
     step = _stepper(optimizer, variables, gradients)
-    if BACKEND == "torch" and __import__("torch").cuda.is_available():
+    if "cuda" in str(getattr(gradients[0], "device", "")):  # torch's
         import torch
 
         torch.cuda.reset_peak_memory_stats()

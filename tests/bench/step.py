@@ -7,6 +7,7 @@ gradient and slot once) over its time, and the share of it is that of what this 
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
@@ -20,6 +21,8 @@ import numpy as np
 
 from tests.bench import arms, embedding, memory
 from tests.bench.arms import BACKEND, RULES, SHAPES, SMOKE_SHAPES
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def measure(steps, repeats):
@@ -52,7 +55,7 @@ def device() -> str:
 
         if torch.cuda.is_available():
             return torch.cuda.get_device_name()
-    return f"cpu, {len(__import__('os').sched_getaffinity(0))} cores, {platform.machine()}"
+    return f"cpu, {CORES} cores, {platform.machine()}"
 
 
 def copy_bandwidth(megabytes) -> float:
@@ -69,8 +72,8 @@ def copy_bandwidth(megabytes) -> float:
         held, double = [jax.numpy.ones(n)], jax.jit(lambda x: x * 1.0001, donate_argnums=0)
         copy = lambda: held.__setitem__(0, jax.block_until_ready(double(held[0])))  # noqa: E731
     else:
-        a, b = np.ones((2, n // 2), "float32"), np.ones((2, n // 2), "float32")
-        pool = ThreadPoolExecutor(2)
+        a, b = (np.ones((CORES, n // CORES), "float32") for _ in range(2))
+        pool = ThreadPoolExecutor(CORES)
         copy = lambda: list(pool.map(np.copyto, b, a))  # noqa: E731
     times = []
     for _ in range(8):
