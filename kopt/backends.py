@@ -102,7 +102,7 @@ def unrecorded():
 
 
 def as_written(function):
-    """The function as Python has it: AutoGraph would rewrite it for longer than it is traced, `torch.compile` break."""
+    """The function as it is: AutoGraph takes longer to rewrite it than to trace it, `torch.compile` cannot follow."""
     if BACKEND == "tensorflow":
         return tf.autograph.experimental.do_not_convert(function)
     return torch.compiler.disable(function) if BACKEND == "torch" else function

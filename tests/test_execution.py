@@ -189,6 +189,15 @@ def constant(g, w, p, q, *, at):
     return at.learning_rate, g + 2 * ops.ones(ops.shape(g)), q - at.learning_rate
 
 
+def changed_in_place(g, w, p, q, *, at):
+    x = g + p
+    x += q
+    x -= g
+    x *= 2
+    x /= 4
+    return at.learning_rate * x, x, g
+
+
 def written(g, w, p, q, *, at):
     return at.learning_rate * g, 2 * g, w + 1  # never reads a slot
 
@@ -205,13 +214,14 @@ EXPECTED = {  # rule -> step, p, q
     "kept": lambda g, w, p, q: (np.float32(0.1) * (g + np.float32(0.1) * (w - p)), w, q),
     "stacked": lambda g, w, p, q: (np.float32(0.1) * np.maximum(g, p), np.maximum(g, p), q),
     "constant": lambda g, w, p, q: (np.float32(0.1), g + 2, q - np.float32(0.1)),
+    "changed_in_place": lambda g, w, p, q: (np.float32(0.1) * (p + q) / 2, (p + q) / 2, g),
     "written": lambda g, w, p, q: (np.float32(0.1) * g, 2 * g, w + 1),
     "looked_at_again": lambda g, w, p, q: (np.float32(0.1) * (p + 1 - g * g * q), g + q, 1 - g * g * q),
 }
 
 
 @pytest.mark.parametrize("declared", [False, True])
-@pytest.mark.parametrize("rule", [delayed, kept, stacked, constant, written, looked_at_again])
+@pytest.mark.parametrize("rule", [delayed, kept, stacked, constant, changed_in_place, written, looked_at_again])
 def test_a_rule_may_hand_on_what_it_was_given(rule, declared):
     class Own(kopt.Optimizer):
         slots = kopt.Slot("p", "a slot"), kopt.Slot("q", "a slot")
@@ -239,7 +249,12 @@ def test_a_rule_that_is_no_elementwise_one_is_refused():
     def noisy(g, w, *, at):
         return (at.learning_rate * g + keras.random.normal(ops.shape(g)),)
 
+    def writing(g, w, *, at):
+        g[0] = 0
+        return (at.learning_rate * g,)
+
     for rule, error, message in (
+        (writing, TypeError, "^A rule that is declared `elementwise` must not write into a tensor$"),
         (peeking, TypeError, "^A rule that is declared `elementwise` must not look at values: `__bool__`$"),
         (noisy, ValueError, "^A rule that is declared `elementwise` must not make tensors of entries that differ$"),
     ):

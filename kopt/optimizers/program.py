@@ -24,18 +24,22 @@ if backends.BACKEND == "torch":
         "square": lambda x: torch._foreach_mul(x, x),
         "__rsub__": lambda x, y: torch._foreach_add(torch._foreach_neg(x), y),
     }  # fmt: skip
-    OUT_OF_PLACE = {"__iadd__": torch.add, "__isub__": torch.sub, "__imul__": torch.mul, "__idiv__": torch.div}
 
     class Symbol(torch.Tensor):
         """Stands for a tensor of any size while a rule is noted."""
 
         @classmethod
         def __torch_function__(cls, function, types, args=(), kwargs=None):
-            function, kwargs = OUT_OF_PLACE.get(function.__name__, function), kwargs or {}
+            name, kwargs = function.__name__, kwargs or {}
+            if name.endswith("_") and not name.endswith("__"):  # `x += y` is `x.add_(y)`, and noted as `x = x.add(y)`
+                name = name.removesuffix("_")
+                function = getattr(torch, name, None)
+            if name == "__setitem__" or function is None:
+                raise TypeError("A rule that is declared `elementwise` must not write into a tensor")
             with torch._C.DisableTorchFunctionSubclass():
                 result = function(*args, **kwargs)
-            if function.__name__ in ("item", "tolist", "numpy", "__bool__", "__float__", "__int__"):
-                raise TypeError(f"A rule that is declared `elementwise` must not look at values: `{function.__name__}`")
+            if name in ("item", "tolist", "numpy", "__bool__", "__float__", "__int__"):
+                raise TypeError(f"A rule that is declared `elementwise` must not look at values: `{name}`")
             if not torch.is_tensor(result) or isinstance(result, cls):  # a shape, a dtype; `to` the same dtype
                 return result
             return next(x for x in trees.tree_leaves((args, kwargs)) if isinstance(x, cls)).program.note(
