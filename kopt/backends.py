@@ -376,7 +376,9 @@ def all_fit(gradients, variables) -> bool:
 
 def all_of(dtypes, gradients) -> bool:
     """Whether all gradients are torch tensors of one dtype, the only one in `dtypes`; the short way to say yes."""
-    return BACKEND == "torch" and {getattr(torch, dtype) for dtype in dtypes} == set(map(_dtype, gradients))
+    if BACKEND != "torch" or len(dtypes) != 1:
+        return False
+    return set(map(_dtype, gradients)) == {getattr(torch, dtypes[0])}
 
 
 _shape, _dtype = operator.attrgetter("shape"), operator.attrgetter("dtype")

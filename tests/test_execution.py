@@ -478,6 +478,89 @@ def test_lists_as_on_an_accelerator(row, rate, by, monkeypatch):
 
 @TORCH
 @every_row
+def test_variables_in_another_order_than_at_build(row):
+    """Those that share a slab keep each its own slots."""
+    fast, slow = variables(), variables()
+    ours, theirs = row.make(), row.make()
+    ours.build(fast)
+    theirs.build(slow)
+    for i, gradients in enumerate(stream(4)):
+        gradients, order = [ops.convert_to_tensor(g) for g in gradients], [4, 2, 0, 1, 3] if i % 2 else range(5)
+        ours.apply([gradients[j] for j in order], [fast[j] for j in order])
+        theirs.apply(gradients, slow)
+    close(fast, slow)
+    close([part for part in ours.parts if len(part.shape)], [part for part in theirs.parts if len(part.shape)])
+
+
+@TORCH
+@every_class
+@pytest.mark.parametrize("change", ["the weight past the count of writes", "the master", "the state"])
+def test_a_weight_of_16_bits_wins_over_its_master(row, change, monkeypatch):
+    def trained():
+        mine, optimizer, state = [keras.Variable(STREAM[0], dtype="bfloat16")], row.make(), {}
+        for i, g in enumerate(STREAM):
+            if i == 2:
+                optimizer.save_own_variables(state)
+            if i == 4 and change == "the state":
+                optimizer.load_own_variables(state)
+            if i == 4 and change == "the master":
+                optimizer.all_held[0].master.assign(ops.ones(STREAM[0].shape))
+            if i == 4 and "writes" in change:
+                mine[0].value.data.clamp_(-0.1, 0.1)
+            optimizer.apply([ops.convert_to_tensor(g, "bfloat16")], mine)
+        return optimizer.all_held[0].master
+
+    with monkeypatch.context() as patch:
+        plainly(patch)
+        slow = trained()
+    close([trained()], [slow])
+
+
+@TORCH
+def test_operations_of_several_results_and_dropped_ones(monkeypatch):
+    import torch
+
+    def median(g, w, p, q, *, at):
+        return at.learning_rate * ops.sort(ops.stack([g, p, q]), axis=0)[1], g, p * 1
+
+    def largest(g, w, p, q, *, at):
+        return at.learning_rate * torch.max(torch.stack([g, p]), dim=0).values, g, ops.unstack(ops.stack([g, w]))[0]
+
+    def dropped(g, w, p, q, *, at):
+        same = p
+        same.mul_(0.9).add_(g)
+        return at.learning_rate * p, p, q
+
+    for rule in (median, largest, dropped):
+        slots = kopt.Slot("p", "a slot"), kopt.Slot("q", "a slot")
+        own = type("Own", (kopt.Optimizer,), {"rule": staticmethod(kopt.elementwise()(rule)), "slots": slots})
+        fast, slow, ours, theirs = variables(), variables(), own(0.1), own(0.1)
+        train("eager", ours, fast, stream(4))
+        with monkeypatch.context() as patch:
+            plainly(patch)
+            train("eager", theirs, slow, stream(4))
+        close(fast, slow)
+
+
+@TORCH
+@every_class
+def test_gradients_of_each_others_dtypes_and_inference_mode(row):
+    import torch
+
+    mine = [keras.Variable(STREAM[0], dtype=dtype) for dtype in ("float32", "float64", "float32")]
+    theirs = [keras.Variable(STREAM[0], dtype=dtype) for dtype in ("float32", "float64", "float32")]
+    one, other = row.make(), row.make()
+    one.build(mine)
+    other.build(theirs)
+    for i, g in enumerate(STREAM[:4]):
+        with torch.inference_mode(i == 0):
+            one.apply([ops.convert_to_tensor(g, dtype) for dtype in ("float64", "float32", "float32")], mine)
+        other.apply([ops.convert_to_tensor(g, v.dtype) for v in theirs], theirs)
+    close(mine, theirs)
+
+
+@TORCH
+@every_row
 def test_a_gradient_that_is_the_weight_itself(row):
     (mine,), (theirs,) = variables()[:1], variables()[:1]
     one, other = row.make(), row.make()

@@ -27,7 +27,7 @@ def update(optimizer, variables, gradients, shared) -> list:
     if plan is None or not plan.holds(variables):
         plan = optimizer.__dict__["plan"] = Plan(optimizer, variables)
     for group in plan.groups:
-        group.update(optimizer, [gradients[i].contiguous() for i in group.places], shared[group.dtype])
+        group.update(optimizer, [gradients[i].contiguous().resolve_neg() for i in group.places], shared[group.dtype])
     return [(variables[i], gradients[i]) for i in plan.left]
 
 
@@ -71,20 +71,18 @@ class Group:
         self.weights = [_keras.memory(variables[i] if h.master is None else h.master)
                         for i, h in zip(places, self.all_held, strict=True)]  # fmt: skip
         masters = [j for j, held in enumerate(self.all_held) if held.master is not None]
-        self.narrow, self.versions = {j: _keras.memory(variables[places[j]]) for j in masters}, {}
+        self.narrow = {j: _keras.memory(variables[places[j]]) for j in masters}
         self.slots = [list(map(_memory, column)) for column in zip(*(h.slots for h in self.all_held), strict=True)]
         self.tiles, self.rooms = None, []  # made when they are needed
 
     def update(self, optimizer, gradients, shared) -> None:
         for i, memory in self.narrow.items():
-            if memory.is_inference() or self.versions.get(i) != memory._version:  # it was assigned from outside
-                master = self.weights[i]
-                wide = torch.where(master.to(memory.dtype) == memory, master, memory.to(master.dtype))
-                master.copy_(wide)
+            master, seen = self.weights[i], self.weights[i].to(memory.dtype)
+            if memory.device.type != "cpu" or not torch.equal(seen, memory):  # one of them was assigned from outside
+                master.copy_(torch.where(seen == memory, master, memory.to(master.dtype)))
         self._update(optimizer, gradients, shared)
         for i, memory in self.narrow.items():
             memory.copy_(self.weights[i])
-            self.versions[i] = None if memory.is_inference() else memory._version
 
     def _update(self, optimizer, gradients, shared) -> None:
         """By torch's kernel, or else by the rule, tile by tile."""
@@ -113,6 +111,8 @@ class Group:
             piece = held.slots[0] if held.slots else None
             together.setdefault(id(piece.slab) if isinstance(piece, slabs.Piece) else -i, []).append(i)
         for members in together.values():
+            if len(members) > 1:  # in the order of their slab, whatever the order they came in
+                members.sort(key=lambda i: self.all_held[i].slots[0].place)
             weights, slots = [_flat(self.weights[i]) for i in members], self.all_held[members[0]].slots
             if len(members) > 1 and len(members) == len(slots[0].slab.sizes):
                 yield Tile(members, weights, [[_flat(_keras.memory(piece.whole))] for piece in slots])
@@ -164,12 +164,10 @@ class Tile:
 
     def _free(self, rooms, count) -> list:
         """So many of the rooms, of the size of this tile."""
-        like = self.weights[0]
-        for i in range(count):
-            if i == len(rooms):
-                rooms.append(like.new_empty(self.size))
-            elif len(rooms[i]) < self.size:
-                rooms[i] = like.new_empty(self.size)
+        if len(rooms) < count or any(len(room) < self.size for room in rooms):
+            size = max([self.size, *map(len, rooms)])
+            with torch.inference_mode(False):  # the next step may be outside of it
+                rooms[:] = [torch.empty(size, dtype=self.weights[0].dtype) for _ in range(max(count, len(rooms)))]
         return [room[: self.size] for room in rooms[:count]]
 
     def _apart(self, parts, slot) -> list:

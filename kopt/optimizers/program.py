@@ -31,7 +31,8 @@ if backends.BACKEND == "torch":
         @classmethod
         def __torch_function__(cls, function, types, args=(), kwargs=None):
             name, kwargs = function.__name__, kwargs or {}
-            if name.endswith("_") and not name.endswith("__"):  # `x += y` is `x.add_(y)`, and noted as `x = x.add(y)`
+            in_place = name.endswith("_") and not name.endswith("__")
+            if in_place:  # `x += y` is `x.add_(y)`; it is noted as `x.add(y)`, and `x` stands for that from then on
                 name = name.removesuffix("_")
                 function = getattr(torch, name, None)
             if name == "__setitem__" or function is None:
@@ -40,11 +41,22 @@ if backends.BACKEND == "torch":
                 result = function(*args, **kwargs)
             if name in ("item", "tolist", "numpy", "__bool__", "__float__", "__int__"):
                 raise TypeError(f"A rule that is declared `elementwise` must not look at values: `{name}`")
+            program = next(x for x in trees.tree_leaves((args, kwargs)) if isinstance(x, cls)).program
+            if isinstance(result, (tuple, list)) and any(map(torch.is_tensor, result)):
+                parts = enumerate(result)
+                return type(result)([program.note(_part(function, i), args, kwargs, part) for i, part in parts])
             if not torch.is_tensor(result) or isinstance(result, cls):  # a shape, a dtype; `to` the same dtype
                 return result
-            return next(x for x in trees.tree_leaves((args, kwargs)) if isinstance(x, cls)).program.note(
-                function, args, kwargs, result
-            )
+            noted = program.note(function, args, kwargs, result)
+            if in_place:
+                args[0].value = noted.value
+            return args[0] if in_place else noted
+
+    def _part(function, i):
+        def part(*args, **kwargs):
+            return function(*args, **kwargs)[i]
+
+        return part
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,7 @@ class Program:
         if isinstance(x, Symbol):
             return x.value
         if torch.is_tensor(x) and x.shape == (SAMPLE,):  # made by the rule in the shape that it saw
-            if not (x == x[0]).all():
+            if not ((x == x[0]) | (x.isnan() & x[0].isnan())).all():
                 raise ValueError("A rule that is declared `elementwise` must not make tensors of entries that differ")
             return x[0]
         return x
