@@ -54,11 +54,12 @@ def apart(values, inputs) -> list:
     """The values, those copied that lie in the memory of an input: torch assigns in place, one after the other."""
     if BACKEND != "torch":
         return list(values)
-    taken = {_start(tensor) for tensor in inputs}
-    return [value.clone() if torch.is_tensor(value) and _start(value) in taken else value for value in values]
+    taken = {start(tensor) for tensor in inputs}
+    return [value.clone() if torch.is_tensor(value) and start(value) in taken else value for value in values]
 
 
-def _start(tensor) -> int:
+def start(tensor) -> int:
+    """Where the memory begins that a torch tensor lies in."""
     return tensor.untyped_storage().data_ptr()
 
 

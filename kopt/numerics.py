@@ -21,6 +21,11 @@ def larger(a, b):
     return ops.where(a >= b, a, b)
 
 
+def behind(weight, master):
+    """The wide weight behind a narrow one: its master, but where one of them was assigned from outside."""
+    return ops.where(ops.cast(master, weight.dtype) == weight, master, ops.cast(weight, master.dtype))
+
+
 def bias_correction(beta, t):
     """`1 - beta**t`: how much of an average that started at zero is data after `t` steps.
 

@@ -101,7 +101,7 @@ def test_fit_under_a_dtype_policy(row, policy):
         assert equal([ops.cast(master, policy)], [weight])
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="on the others a step is always compiled, or another test has both")
+@pytest.mark.skipif(BACKEND != "torch", reason="torch.compile is torch's")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
 def test_torch_compile():

@@ -12,7 +12,7 @@ from typing import Any
 from keras import ops
 
 from kopt import _keras, backends
-from kopt.numerics import lerp
+from kopt.numerics import behind, lerp
 from kopt.optimizers import kernels, lists, slabs
 from kopt.optimizers.rule import MASTER, At
 
@@ -265,12 +265,10 @@ def _constrain(optimizer, variable) -> None:
 
 
 def _weight(variable, held: Held, read):
-    """The weight in the dtype of the arithmetic: the master, but where the variable was assigned from outside."""
+    """The weight in the dtype of the arithmetic."""
     if held.master is None:
         return read(variable, held.dtype)
-    dtype = _keras.dtype_of(variable)
-    master, weight = read(held.master, held.dtype), read(variable, dtype)
-    return ops.where(ops.equal(ops.cast(master, dtype), weight), master, ops.cast(weight, held.dtype))
+    return behind(read(variable, _keras.dtype_of(variable)), read(held.master, held.dtype))
 
 
 def _joined(tensors):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from kopt import _keras, backends
+from kopt import _keras, backends, numerics
 from kopt.optimizers import kernels, slabs
 from kopt.optimizers.program import Program
 
@@ -77,9 +77,9 @@ class Group:
 
     def update(self, optimizer, gradients, shared) -> None:
         for i, memory in self.narrow.items():
-            master, seen = self.weights[i], self.weights[i].to(memory.dtype)
-            if memory.device.type != "cpu" or not torch.equal(seen, memory):  # one of them was assigned from outside
-                master.copy_(torch.where(seen == memory, master, memory.to(master.dtype)))
+            master = self.weights[i]
+            if memory.device.type != "cpu" or not torch.equal(master.to(memory.dtype), memory):
+                master.copy_(numerics.behind(memory, master))
         self._update(optimizer, gradients, shared)
         for i, memory in self.narrow.items():
             memory.copy_(self.weights[i])
@@ -142,7 +142,7 @@ class Tile:
 
     def __post_init__(self):
         self.size = sum(weight.numel() for weight in self.weights)
-        self.starts = {_start(tensor) for tensors in (self.weights, *self.slots) for tensor in tensors}
+        self.starts = {backends.start(tensor) for tensors in (self.weights, *self.slots) for tensor in tensors}
 
     def update(self, way, gradients, rooms) -> None:
         """Update the weights and the slots; `rooms` is memory that was used before."""
@@ -174,7 +174,7 @@ class Tile:
         """The parts as they are now, whatever is written before them."""
         if parts[0] is slot[0]:
             return parts
-        return [part.clone() if _start(part) in self.starts else part for part in parts]
+        return [part.clone() if backends.start(part) in self.starts else part for part in parts]
 
 
 @dataclass
@@ -227,10 +227,6 @@ def _memory(slot):
 
 def _flat(tensor):
     return tensor.detach().view(-1)
-
-
-def _start(tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 _pointer, _contiguous = operator.methodcaller("data_ptr"), operator.methodcaller("is_contiguous")

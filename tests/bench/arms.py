@@ -61,7 +61,8 @@ def arms(rule, shapes, xla):
         "Keras": lambda: of_keras(theirs(**arguments), shapes, xla),
     }
     if BACKEND == "tensorflow" and rule in KERNELS:
-        found["TensorFlow's kernel"] = lambda: of_tensorflow(rule, shapes, xla)
+        arm = "TensorFlow's kernel" + " and a pass" * (rule == "AdamW")
+        found[arm] = lambda: of_tensorflow(rule, shapes, xla)
     if BACKEND == "jax" and (made := of_optax(rule, arguments)) is not None:
         found["optax"] = lambda: step_of_optax(made, shapes)
     if BACKEND == "torch" and not {"clipnorm", "global_clipnorm"} & arguments.keys():
@@ -121,7 +122,7 @@ def synchronized(step):
 
 # TensorFlow's own kernels, with a state of their own
 
-KERNELS = {"SGD": 0, "momentum": 1, "Nesterov": 1, "Adagrad": 1, "Adam": 2}  # rule -> slots
+KERNELS = {"SGD": 0, "momentum": 1, "Nesterov": 1, "Adagrad": 1, "Adam": 2, "AdamW": 2}  # rule -> slots
 
 
 def of_tensorflow(rule, shapes, xla):
@@ -138,11 +139,13 @@ def of_tensorflow(rule, shapes, xla):
             raw.ResourceApplyGradientDescent(var=w.handle, alpha=rate, delta=g)
         elif rule == "Adagrad":
             raw.ResourceApplyAdagradV2(var=w.handle, accum=s[0].handle, lr=rate, epsilon=1e-7, grad=g)
-        elif rule == "Adam":
+        elif rule in ("Adam", "AdamW"):
             raw.ResourceApplyAdam(
                 var=w.handle, m=s[0].handle, v=s[1].handle, beta1_power=zero, beta2_power=zero, lr=rate, beta1=0.9,
                 beta2=0.999, epsilon=1e-7, grad=g,
             )  # fmt: skip
+            if rule == "AdamW":  # not its decay, which no kernel does, but what one more pass over the weight takes
+                raw.ResourceApplyGradientDescent(var=w.handle, alpha=rate, delta=g)
         else:
             raw.ResourceApplyKerasMomentum(
                 var=w.handle, accum=s[0].handle, lr=rate, grad=g, momentum=0.9, use_nesterov=rule == "Nesterov"
