@@ -1,10 +1,13 @@
 """Optimizers and training callbacks for Keras 3."""
 
+from kopt import callbacks as callbacks
+from kopt import data as data
 from kopt.numerics import exponentially_weighted_average as exponentially_weighted_average
 from kopt.optimizers.adagrad import Adagrad as Adagrad
 from kopt.optimizers.adam import Adam as Adam
 from kopt.optimizers.adamw import AdamW as AdamW
 from kopt.optimizers.base import Optimizer as Optimizer
+from kopt.optimizers.loading import load_optimizer as load_optimizer
 from kopt.optimizers.rmsprop import RMSprop as RMSprop
 from kopt.optimizers.rule import At as At
 from kopt.optimizers.rule import Slot as Slot

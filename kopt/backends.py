@@ -2,6 +2,7 @@
 
 import contextlib
 import operator
+import sys
 import weakref
 
 import keras
@@ -407,3 +408,28 @@ def cast(gradient, variable, dtype):
 def entries(gradient):
     """A tensor of all entries of a gradient that may differ from zero; of rows, if they are distinct."""
     return gradient.values if has_rows(gradient) else gradient
+
+
+def is_dataset(data) -> bool:
+    """Whether it is a `tf.data.Dataset`, which every backend takes, without importing TensorFlow to see."""
+    tensorflow = sys.modules.get("tensorflow")
+    return tensorflow is not None and isinstance(data, tensorflow.data.Dataset)
+
+
+def random_state() -> dict:
+    """The random state that the backend keeps by itself, as arrays."""
+    if BACKEND == "tensorflow":
+        return {"generator": tf.random.get_global_generator().state.numpy()}
+    if BACKEND == "torch":
+        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {"cpu": torch.get_rng_state().numpy(), "cuda": [state.numpy() for state in devices]}
+    return {}
+
+
+def set_random_state(state: dict) -> None:
+    if BACKEND == "tensorflow":
+        tf.random.get_global_generator().state.assign(state["generator"])
+    elif BACKEND == "torch":
+        torch.set_rng_state(torch.from_numpy(state["cpu"]))
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([torch.from_numpy(each) for each in state["cuda"]])

@@ -6,6 +6,7 @@ Every refusal is a ValueError of one form: what the argument must be, and `Recei
 import inspect
 import math
 import operator
+import os
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -81,6 +82,13 @@ def sentence(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         refuse(name, "a non-empty string", value)
     return value
+
+
+def path(name: str, value: Any) -> str:
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
+        refuse(name, "a path", value)
+    return text
 
 
 def count(least: int) -> Check:

@@ -61,15 +61,15 @@ def test_imports_point_downward():
             assert below or room(target) == own, f"{module} imports {target}, which is no lower"
 
 
-def test_only_one_file_reaches_into_keras_and_one_names_backends():
+def test_two_files_reach_into_keras_and_few_name_backends():
     for file, module in modules():
         private = [source for source, _ in imported(file) if ".src" in source or source.startswith("tensorflow.python")]
-        assert not private, f"{module} imports {private}"
-        if module != "_keras":
+        assert not private or module == "_fit", f"{module} imports {private}"
+        if module not in ("_keras", "_fit"):
             used = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
             theirs = {name for name in used if name.startswith("_") and not name.startswith("__")} & PRIVATE
             assert not theirs, f"{module} uses Keras's {theirs}"
-        if module not in ("backends", "optimizers.kernels", "optimizers.lists", "optimizers.program"):
+        if module not in ("backends", "_fit", "optimizers.kernels", "optimizers.lists", "optimizers.program"):
             named = {source for source, _ in imported(file)} & {"tensorflow", "torch", "jax"}
             assert not named, f"{module} names {named}"
 

@@ -90,3 +90,82 @@ def test_the_class_of_values_that_are_not_there_yet():
     import jax
 
     jax.jit(lambda x: isinstance(x, jax.core.Tracer) or pytest.fail("no Tracer"))(1.0)
+
+
+def test_what_a_part_of_a_step_needs():
+    """For `_keras.Step`: what is tracked goes to the list that the tracker knows; nothing else holds a list of them."""
+    optimizer = keras.optimizers.SGD()
+    optimizer.build([keras.Variable(np.ones(2))])
+    is_kept, kept = optimizer._tracker.config["variables"]
+    assert kept is optimizer._variables
+    other = list(kept)
+    optimizer._tracker.config["variables"] = is_kept, other
+    vars(optimizer)["_variables"] = other
+    added = optimizer.add_variable(())
+    assert other[-1] is optimizer.variables[-1] is added
+    assert len(kept) == len(other) - 1
+    optimizer._untrack_variable(added)
+    assert len(optimizer.variables) == len(kept)
+    assert id(added) not in optimizer._tracker.stored_ids["variables"]
+
+
+def test_the_list_of_variables_still_cannot_be_saved_by_tensorflow_once_something_was_taken_out(tmp_path):
+    """The reason for the other list in `_keras.Step`; when this fails, `_untrack_variable` will do."""
+    if BACKEND != "tensorflow":
+        pytest.skip("TensorFlow's checkpoints")
+    import tensorflow as tf
+
+    optimizer = keras.optimizers.SGD()
+    optimizer._untrack_variable(optimizer.add_variable(()))
+    with pytest.raises(ValueError, match="Unable to save"):
+        tf.train.Checkpoint(optimizer=optimizer).write(str(tmp_path / "point"))
+
+
+def test_the_layers_of_a_model():
+    model = keras.Sequential([keras.layers.Dense(2)])
+    assert not all(layer.built for layer in model._flatten_layers())
+    model.build((None, 3))
+    assert {type(layer) for layer in model._flatten_layers()} >= {keras.Sequential, keras.layers.Dense}
+    assert all(layer.built for layer in model._flatten_layers())
+
+
+def test_what_only_a_training_calls():
+    """For `callbacks.base`: `fit` makes its function after `set_model` and before `on_train_begin`; no other does."""
+    model, calls = network("sgd"), []
+
+    class Notes(keras.callbacks.Callback):
+        def set_model(self, model):
+            calls.append(("set_model", model.history))
+
+        def on_train_begin(self, logs=None):
+            calls.append("train")
+
+        def on_test_begin(self, logs=None):
+            calls.append("test")
+
+        def on_predict_begin(self, logs=None):
+            calls.append("predict")
+
+    make, x, y = model.make_train_function, np.ones((2, 4)), np.ones((2, 2))
+    vars(model)["make_train_function"] = lambda force=False: (calls.append("make"), make(force))[1]
+    for _ in range(2):
+        model.fit(x, y, verbose=0, callbacks=[Notes()], validation_data=(x, y))
+        model.evaluate(x, y, verbose=0, callbacks=[Notes()])
+        model.predict(x, verbose=0, callbacks=[Notes()])
+    histories = [call[1] for call in calls if call[0] == "set_model"]
+    assert histories[0] is histories[1] is histories[2] is not histories[3]
+    names = [call if isinstance(call, str) else call[0] for call in calls]
+    fit_ = ["set_model", "make", "train", "test"]
+    assert names == [*fit_, "set_model", "test", "set_model", "predict"] * 2
+    model.train_on_batch(x, y)
+    assert calls[-1] == "make"
+
+
+def test_the_names_of_optimizers_in_files():
+    """For `optimizers.loading`."""
+    from keras.src.utils.naming import to_snake_case
+
+    from kopt.optimizers.loading import snake_case
+
+    for name in ("SGD", "Adam", "AdamW", "RMSprop", "LossScaleOptimizer", "Adam2Bit", "_Own", "MyAdamW3"):
+        assert snake_case(name) == to_snake_case(name)

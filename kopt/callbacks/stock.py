@@ -1,0 +1,80 @@
+"""The state of Keras's own callbacks: what a fit changes in each, by class.
+
+Keras never saves it. A callback that is not here takes part if it has `get_state()` and `set_state(state)`.
+"""
+
+import keras
+import numpy as np
+
+from kopt.callbacks.base import Callback
+
+_MONITOR = ("best",)
+_COUNTS = ("_batches_seen_since_last_saving", "_last_batch_seen")
+ATTRIBUTES = {
+    "EarlyStopping": (*_MONITOR, "wait", "stopped_epoch", "best_epoch", "best_weights"),
+    "ReduceLROnPlateau": (*_MONITOR, "wait", "cooldown_counter"),
+    "ModelCheckpoint": (*_MONITOR, *_COUNTS, "_current_epoch"),
+    "OrbaxCheckpoint": (*_MONITOR, *_COUNTS, "_total_batches_seen"),
+    "SwapEMAWeights": ("_ema_weights_in_model",),
+    "TensorBoard": ("_global_train_batch", "_global_test_batch", "_previous_epoch_iterations"),
+    "History": ("history", "epoch"),
+}
+STATELESS = ("LearningRateScheduler", "LambdaCallback", "TerminateOnNaN", "CSVLogger", "RemoteMonitor", "ProgbarLogger")
+CLASSES = {getattr(keras.callbacks, name): ATTRIBUTES.get(name, ()) for name in (*ATTRIBUTES, *STATELESS)
+           if hasattr(keras.callbacks, name)}  # fmt: skip
+
+
+def attributes(callback) -> tuple[str, ...] | None:
+    """What to save of a callback of Keras or derived from one; None for any other."""
+    return next((CLASSES[base] for base in type(callback).__mro__ if base in CLASSES), None)
+
+
+def has_state(callback) -> bool:
+    return has_protocol(callback) or bool(attributes(callback))
+
+
+def has_protocol(callback) -> bool:
+    """Whether it gives and takes a state; the base of kopt's callbacks has the two methods, but no state."""
+    getter = getattr(type(callback), "get_state", None)
+    return getter not in (None, Callback.get_state) and hasattr(callback, "set_state")
+
+
+def may_forget(callback) -> bool:
+    """Whether it may hold something that nobody can save: a class that is neither Keras's nor has the protocol."""
+    known = has_protocol(callback) or attributes(callback) is not None or isinstance(callback, Callback)
+    return not known and bool(callback.__dict__.keys() - vars(keras.callbacks.Callback()).keys())
+
+
+def get_state(callback) -> dict:
+    if has_protocol(callback):
+        return callback.get_state()
+    return {name: _plain(getattr(callback, name)) for name in attributes(callback) if hasattr(callback, name)}
+
+
+def set_state(callback, state) -> None:
+    if has_protocol(callback):
+        callback.set_state(state)
+        return
+    for name, value in state.items():
+        setattr(callback, name, _listed(value) if isinstance(callback, keras.callbacks.History) else value)
+
+
+def _plain(value):
+    """Containers as they are, scalars as Python numbers, long lists of numbers as arrays."""
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        if value and all(type(item) is type(value[0]) and isinstance(item, (int, float)) for item in value):
+            return np.array(value)
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    array = np.array(keras.ops.convert_to_numpy(value))
+    return array.item() if array.ndim == 0 else array
+
+
+def _listed(value):
+    """The lists of a History, from the arrays that they are saved as."""
+    if isinstance(value, dict):
+        return {name: _listed(item) for name, item in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else list(value)

@@ -1,0 +1,113 @@
+"""What a running fit is made of, as a tree that a store can hold: collected, compared, put back."""
+
+import random
+import re
+
+import numpy as np
+
+from kopt import _fit, _keras, backends
+from kopt.callbacks import stock
+
+
+def collect(model, callbacks) -> dict:
+    """Everything that decides how the training goes on, but for the position in the data."""
+    return {
+        "weights": _arrays(model.variables),
+        "optimizer": _arrays(model.optimizer.variables),
+        "metrics": _arrays(model.metrics_variables),
+        "callbacks": {key: stock.get_state(callback) for key, callback in keyed(callbacks).items()},
+        "random": random_state(),
+    }
+
+
+def restore(model, callbacks, tree) -> None:
+    """Put back what `collect` found. Nothing is changed if something does not fit."""
+    faults = _differences(model.variables, tree["weights"], "weights")
+    faults += _differences(model.optimizer.variables, tree["optimizer"], "optimizer")
+    faults += _differences(model.metrics_variables, tree["metrics"], "metrics")
+    if faults:
+        shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
+        raise ValueError(f"The backup is of another model or optimizer: {shown}.")
+    mine = keyed(callbacks)
+    if mine.keys() != tree["callbacks"].keys():
+        raise ValueError(
+            f"The callbacks with state are {_listed(mine)}, but the backup has {_listed(tree['callbacks'])}. "
+            "Give `fit` the same callbacks to resume."
+        )
+    _assign(model.variables, tree["weights"])
+    _assign(model.optimizer.variables, tree["optimizer"])
+    _assign(model.metrics_variables, tree["metrics"])
+    for key, callback in mine.items():
+        stock.set_state(callback, tree["callbacks"][key])
+    set_random_state(tree["random"])
+
+
+def nonfinite(tree) -> list[str]:
+    """The weights that are not finite."""
+    floats = {name: array for name, array in tree["weights"].items() if "float" in array.dtype.name}
+    return [name.split(":", 1)[1] for name, array in floats.items() if not np.isfinite(array.astype("float64")).all()]
+
+
+def keyed(callbacks) -> dict:
+    """The callbacks with state, by class and name, and by number where these are alike."""
+    found: dict = {}
+    for callback in filter(stock.has_state, callbacks):
+        kind, name = type(callback).__name__, getattr(callback, "name", None)
+        key = f"{kind}:{name}" if name and name != kind else kind
+        number = sum(other.split("#")[0] == key for other in found)
+        found[f"{key}#{number + 1}" if number else key] = callback
+    return found
+
+
+def random_state() -> dict:
+    version, words, gauss = random.getstate()
+    numpy = np.random.get_state(legacy=False)
+    return {
+        "python": {"version": version, "words": np.array(words, "uint64"), "gauss": gauss},
+        "numpy": numpy if numpy["bit_generator"] == "MT19937" else None,
+        "backend": backends.random_state(),
+        "keras": [_keras.to_numpy(seed) for seed in _fit.global_seeds()],
+    }
+
+
+def set_random_state(state) -> None:
+    python = state["python"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    if state["numpy"]:
+        np.random.set_state(state["numpy"])
+    backends.set_random_state(state["backend"])
+    for variable, value in zip(_fit.make_global_seeds() if state["keras"] else [], state["keras"], strict=True):
+        variable.assign(value)
+
+
+def _arrays(variables) -> dict[str, np.ndarray]:
+    return {
+        f"{place}:{_keras.path_of(variable)}": _keras.to_numpy(variable) for place, variable in enumerate(variables)
+    }
+
+
+def _assign(variables, saved) -> None:
+    for variable, array in zip(variables, saved.values(), strict=True):
+        variable.assign(array)
+
+
+def _differences(variables, saved, kind) -> list[str]:
+    if len(variables) != len(saved):
+        return [f"{kind}: {len(variables)} variables here, {len(saved)} in the backup"]
+    faults = []
+    for variable, (name, array) in zip(variables, saved.items(), strict=True):
+        path = _keras.path_of(variable)
+        here = f"`{path}` of {tuple(variable.shape)} {_keras.dtype_of(variable)}"
+        there = f"`{name.split(':', 1)[1]}` of {array.shape} {array.dtype.name}"
+        if _unnumbered(here) != _unnumbered(there):
+            faults.append(f"{kind}: {here} here, {there} in the backup")
+    return faults
+
+
+def _unnumbered(text) -> str:
+    """Without the numbers that Keras gives to layers and generators, which are others in the next process."""
+    return re.sub(r"_\d+(?=[/_`])", "", text)
+
+
+def _listed(keys) -> str:
+    return ", ".join(keys) or "none"
