@@ -258,6 +258,16 @@ def replicas() -> int:
     return 1 if context is None else context.num_replicas_in_sync
 
 
+def once_for_all_replicas(function) -> None:
+    """Call `function` where it can assign to variables: under a strategy, outside its replicas."""
+    context = _replica_context()
+    if context is None:
+        function()
+    else:
+        merge = tf.__internal__.distribute.interim.maybe_merge_call
+        merge(lambda _: function(), context.strategy)
+
+
 def summed_over_replicas(gradients, then, distinct) -> None:
     """Call `then` once for all replicas, with the gradients summed over them, and if `distinct` the rows of each.
 

@@ -13,7 +13,8 @@ from keras import ops
 
 import kopt
 from kopt import backends
-from kopt.callbacks.base import Callback, InStep, settle
+from kopt.callbacks.base import Callback, InStep
+from kopt.callbacks.install import settle
 from tests.conftest import BACKEND, FLOATX
 from tests.test_distribution import TENSORFLOW, dense, many_devices
 from tests.training import AtEpoch, X, Y, equal, fit, near, network, numpy

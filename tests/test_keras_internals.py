@@ -93,7 +93,7 @@ def test_the_class_of_values_that_are_not_there_yet():
 
 
 def test_what_a_part_of_a_step_needs():
-    """For `_keras.Step`: what is tracked goes to the list that the tracker knows; nothing else holds a list of them."""
+    """For `_step.Step`: what is tracked goes to the list that the tracker knows; nothing else holds a list of them."""
     optimizer = keras.optimizers.SGD()
     optimizer.build([keras.Variable(np.ones(2))])
     is_kept, kept = optimizer._tracker.config["variables"]
@@ -110,7 +110,7 @@ def test_what_a_part_of_a_step_needs():
 
 
 def test_the_list_of_variables_still_cannot_be_saved_by_tensorflow_once_something_was_taken_out(tmp_path):
-    """The reason for the other list in `_keras.Step`; when this fails, `_untrack_variable` will do."""
+    """The reason for the other list in `_step.Step`; when this fails, `_untrack_variable` will do."""
     if BACKEND != "tensorflow":
         pytest.skip("TensorFlow's checkpoints")
     import tensorflow as tf
@@ -130,7 +130,7 @@ def test_the_layers_of_a_model():
 
 
 def test_what_only_a_training_calls():
-    """For `callbacks.base`: `fit` makes its function after `set_model` and before `on_train_begin`; no other does."""
+    """For `callbacks/install.py`: `fit` makes its function between `set_model` and `on_train_begin`; no other does."""
     model, calls = network("sgd"), []
 
     class Notes(keras.callbacks.Callback):

@@ -133,4 +133,3 @@ def test_killed_at_any_moment(trainings, tmp_path_factory):
         scenario = moments.choice(["steps", "everything", "seek_function"])
         directory, furthest = tmp_path_factory.mktemp("run"), 0
     print(f"{killed} kills, {runs} trainings ended, each as if it had not been killed")
-    assert furthest <= EPOCHS * STEPS

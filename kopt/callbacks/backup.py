@@ -9,7 +9,8 @@ import keras
 
 from kopt import _fit, checks
 from kopt.callbacks import stock, training
-from kopt.callbacks.base import Callback, settle
+from kopt.callbacks.base import Callback
+from kopt.callbacks.install import settle
 from kopt.store import Store
 
 NOT_SEEKABLE = "the data cannot be put at a position (`kopt.data.seekable` tells how it could)"

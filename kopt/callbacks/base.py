@@ -8,7 +8,8 @@ import copy
 
 import keras
 
-from kopt import _keras, checks
+from kopt import _step, checks
+from kopt.callbacks.install import Installation
 
 
 class Callback(keras.callbacks.Callback):
@@ -58,7 +59,7 @@ class InStep(Callback):
     """
 
     left_behind = (*Callback.left_behind, "_announced", "_training", "_begun")
-    _announced = _training = _begun = None  # the `_Training` to come; the one it is in; whether that has begun
+    _announced = _training = _begun = None  # the `Installation` to come; the one it is in; whether that has begun
 
     def prepare(self, model) -> None:
         """Forget the last `fit`, and refuse a model that the callback is not for; called once before `install`."""
@@ -90,17 +91,17 @@ class InStep(Callback):
 
     def add_slot(self, optimizer, reference, name, initializer="zeros", dtype=None):
         """A variable in the optimizer like one of the model, to be called in `install`."""
-        return _keras.add_slot(optimizer, reference, name, initializer, dtype)
+        return _step.add_slot(optimizer, reference, name, initializer, dtype)
 
     def set_model(self, model):
         super().set_model(model)
-        _Training.of(model).announce(self)
+        Installation.of(model).announce(self)
 
     def on_train_begin(self, logs=None):
         if self._announced:  # nobody has made a train function: a loop of the user's own
             self._announced.begin_late()
         elif self._training is None:  # nobody has called `set_model`: a CallbackList that is used again
-            _Training.of(self._model).begin_late(self)
+            Installation.of(self._model).begin_late(self)
         if self._begun:
             self._training.clear()
             checks.refuse("callbacks", "a list with each callback once", f"{self.name} twice")
@@ -123,132 +124,3 @@ class InStep(Callback):
                 self.finish(step.optimizer)
         finally:
             self._training.remove(self)
-
-
-def settle(model) -> None:
-    """Install what waits for the model's weights. For who makes them in a `fit` before TensorFlow does, at step one."""
-    found = vars(model).get("make_train_function")
-    if isinstance(found, _Training):
-        found.settle()
-
-
-class _Training:
-    """What the callbacks have in the training of one model; it stands in place of its `make_train_function`.
-
-    That is the first thing that only a training calls: there the announced come in, and what a `fit` that raised has
-    left goes out. Such is left if `model.history` is another than it was, since each `fit` makes one anew.
-    """
-
-    def __init__(self, model):
-        self.model, self.make = model, model.make_train_function
-        self.put_back = _keras.stand_in(model, "make_train_function", self)
-        self.announced: list[tuple] = []  # pairs of a part and the history at the time
-        self.parts, self.steps, self.history = [], [], None
-        self.undo = []  # what takes back what was put into the optimizer, beside the steps
-
-    @classmethod
-    def of(cls, model) -> "_Training":
-        found = vars(model).get("make_train_function")
-        return found if isinstance(found, cls) else cls(model)
-
-    def __call__(self, force=False):
-        for part, history in self.announced:
-            if history is not self.history_now():  # of an `evaluate` that raised before it began
-                self.withdraw(part)
-        if self.announced:
-            self.begin()
-        elif self.history is not self.history_now():
-            self.clear()
-        return self.make(force)
-
-    def history_now(self):
-        return getattr(self.model, "history", None)
-
-    def announce(self, part) -> None:
-        if part._announced:
-            part._announced.withdraw(part)
-        part._announced = self
-        self.announced.append((part, self.history_now()))
-
-    def withdraw(self, part) -> None:
-        self.announced = [pair for pair in self.announced if pair[0] is not part]
-        part._announced = None
-        self.go_if_idle()
-
-    def begin_late(self, *parts) -> None:
-        """Begin where a train function may have been made already."""
-        made = getattr(self.model, "train_function", None)
-        self.join(parts) if parts else self.begin()
-        if made is not None:
-            self.make()
-
-    def begin(self) -> None:
-        """Install those who are announced; what any other has left in the optimizer goes."""
-        parts = [part for part, _ in self.announced]
-        optimizer = getattr(self.model, "optimizer", None)
-        if not callable(getattr(optimizer, "apply", None)):
-            self.announced = []
-            names = ", ".join(part.name for part in parts)
-            checks.refuse("optimizer", f"one of Keras or kopt in `compile`, for {names}", optimizer)
-        left = [part for step in map(_keras.Step.of, _keras.updating(optimizer)) if step for part in step.parts]
-        for part in [*self.parts, *left, *parts]:
-            if part._training:
-                part._training.remove(part)
-        self.announced = []
-        self.join(parts)
-
-    def join(self, parts) -> None:
-        self.history = self.history_now()
-        for part in parts:
-            part._announced, part._training, part._begun = None, self, False
-        self.parts += parts
-        self.model.train_function = None  # one that was compiled before knows nothing of the parts
-        try:
-            for part in parts:
-                part.prepare(self.model)
-            self.settle()
-        except BaseException:
-            self.clear()
-            raise
-
-    def settle(self) -> None:
-        """Install the parts, once the optimizer can be built."""
-        model, optimizer = self.model, self.model.optimizer
-        if not optimizer.built and not _keras.has_all_weights(model):
-            if not self.undo:
-                self.undo = [_keras.before_first_step(optimizer, model, self.settle)]
-            return
-        if not optimizer.built:
-            with _keras.where_made(optimizer):
-                optimizer.build(model.trainable_variables)
-        self.take_back()
-        self.steps = [_keras.Step.of(one) or _keras.Step(one) for one in _keras.updating(optimizer)]
-        self.undo = [_keras.hide_in_files(optimizer, self.steps)]
-        for part in self.parts:
-            for step in self.steps:
-                if not any(part is other for other in step.parts):
-                    step.install(part)
-
-    def take_back(self) -> None:
-        for undo in self.undo:
-            undo()
-        self.undo = []
-
-    def remove(self, part) -> None:
-        for step in self.steps:
-            step.remove(part)
-        self.parts = [other for other in self.parts if other is not part]
-        part._training = None
-        self.model.train_function = None
-        if not self.parts:
-            self.take_back()
-            self.steps = []
-        self.go_if_idle()
-
-    def clear(self) -> None:
-        for part in self.parts:
-            self.remove(part)
-
-    def go_if_idle(self) -> None:
-        if not self.parts and not self.announced:
-            self.put_back()

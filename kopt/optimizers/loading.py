@@ -5,23 +5,14 @@ in the file. Those of kopt's have names. `LossScaleOptimizer` and `MultiOptimize
 for each optimizer within them: `optimizer/inner_optimizer`, `optimizer/optimizers/adam`.
 """
 
-import contextlib
 import re
-import shutil
-import tempfile
-import zipfile
 from collections import Counter
 from functools import partial
 
-import h5py
 import keras
-import numpy as np
 
-from kopt import _keras, checks
+from kopt import _keras, _step, checks, keras_files
 from kopt.optimizers import state
-
-WEIGHTS = "model.weights.h5"  # the member of a `.keras` file
-DAMAGED = (OSError, RuntimeError, KeyError, TypeError, ValueError, zipfile.BadZipFile)  # what h5py raises
 
 
 def load_optimizer(model, path) -> list[str]:
@@ -60,15 +51,15 @@ def load_optimizer(model, path) -> list[str]:
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None:
         checks.refuse("model", "compiled with an optimizer", model)
-    with _opened(path) as file:
+    with keras_files.opened(path) as file:
         if not optimizer.built:
-            if not _keras.has_all_weights(model):
+            if not _step.has_all_weights(model):
                 checks.refuse("model", "built: call it once, or give it an `Input`", model.name)
-            with _keras.where_made(optimizer):
+            with _step.where_made(optimizer):
                 optimizer.build(model.trainable_variables)
         if _keras.is_away(optimizer.iterations):
             checks.refuse("model", "`self.model` in a callback, which fetches the state from the step", model.name)
-        with _keras.without_parts(optimizer):
+        with _step.without_parts(optimizer):
             found = [_fitted(one, place, file, path) for one, place in _places(optimizer, "optimizer")]
         for assign, _ in found:
             assign()
@@ -97,14 +88,14 @@ def snake_case(name: str) -> str:
 
 def _fitted(optimizer, place, file, path):
     """What assigns an optimizer's own state, all of it checked, and the entries that are left out."""
-    entries = _entries(file, f"{place}/vars", path)
+    entries = keras_files.entries(file, f"{place}/vars", path)
     if not entries:
         raise ValueError(f"There is no state of the optimizer '{optimizer.name}' at {place!r} in {str(path)!r}.")
     if isinstance(optimizer, _keras.OptimizerBridge):
-        own = state._own(optimizer)
+        own = state.named_variables(optimizer)
         kept, faults = _by_name(optimizer, own, entries)
     else:
-        own = dict(enumerate(_keras.own_variables(optimizer)))
+        own = dict(enumerate(_step.own_variables(optimizer)))
         kept = {key: entries[key] for key in map(str, own) if key in entries}
         faults = _misfits(own, {int(key): entry for key, entry in kept.items()})
     if faults:
@@ -112,8 +103,8 @@ def _fitted(optimizer, place, file, path):
             f"The optimizer's state in {str(path)!r} does not fit '{optimizer.name}' ({type(optimizer).__name__}): "
             f"{'; '.join(faults[:6])}. It must be of the same model and the same kind of optimizer."
         )
-    arrays = {key: _array(entry) for key, entry in kept.items()}
-    is_whole = optimizer in _keras.updating(optimizer)  # a wrapper's place holds what is within it once more
+    arrays = {key: keras_files.array(entry) for key, entry in kept.items()}
+    is_whole = optimizer in _step.updating(optimizer)  # a wrapper's place holds what is within it once more
     left = [f"{place}/vars/{key}" for key in sorted(entries.keys() - kept.keys(), key=_number)] if is_whole else []
     if isinstance(optimizer, _keras.OptimizerBridge):
         return partial(optimizer.load_own_variables, arrays), left
@@ -146,78 +137,16 @@ def _by_name(optimizer, own, entries):
         return {}, ["it is of another kind of optimizer"]
 
     def known(name):
-        return name in own or (":" in name and any(":" in mine and state._alike(name, mine) for mine in own))
+        return name in own or (":" in name and any(":" in mine and state.is_alike(name, mine) for mine in own))
 
     kept = {key: entries[key] for key in sorted(names, key=_number) if known(names[key])}
     slots = {names[key]: entry for key, entry in kept.items() if ":" in names[key]}
     scalars = {names[key]: entry for key, entry in kept.items() if ":" not in names[key]}
     own_scalars = {name: variable for name, variable in own.items() if ":" not in name}
-    faults = state._differences(own_scalars, scalars)
+    faults = state.differences(own_scalars, scalars)
     faults += _misfits({name: v for name, v in own_scalars.items() if name in scalars}, scalars)
-    return kept, faults + state._matched(optimizer, slots)[1]
+    return kept, faults + state.matched(optimizer, slots)[1]
 
 
 def _number(key: str) -> int:
     return int(re.match(r"\d+", key)[0])
-
-
-# The file
-
-
-@contextlib.contextmanager
-def _opened(path):
-    with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(open(path, "rb"))
-        try:
-            if zipfile.is_zipfile(stream):
-                archive = stack.enter_context(zipfile.ZipFile(stream))
-                member = stack.enter_context(archive.open(WEIGHTS))
-                stream = stack.enter_context(tempfile.TemporaryFile())
-                shutil.copyfileobj(member, stream)
-            file = stack.enter_context(h5py.File(stream, "r"))
-        except DAMAGED as error:
-            raise ValueError(f"{str(path)!r} is no `.keras` or `.weights.h5` file that can be read: {error}") from error
-        yield file
-
-
-def _entries(file, place, path) -> dict:
-    """The datasets at a place, which are in this file and hold numbers; none if there is no such place."""
-    try:
-        group = file
-        for name in place.split("/"):
-            group = _member(group, name, h5py.Group)
-            if group is None:
-                return {}
-        entries = {name: _member(group, name, h5py.Dataset) for name in group}
-        for name, entry in entries.items():
-            if not re.match(r"\d+(:|$)", name) or entry.external or entry.is_virtual or not _is_number(entry):
-                raise ValueError(f"{place}/{name} is not an array of numbers")
-    except DAMAGED as error:
-        raise ValueError(f"The optimizer's state in {str(path)!r} cannot be read: {error}") from error
-    return entries
-
-
-def _member(group, name, kind):
-    """A member of a group that lies in the same file: no link is followed."""
-    link = group.get(name, getlink=True)
-    if link is None:
-        return None
-    if not isinstance(link, h5py.HardLink) or not isinstance(group[name], kind):
-        raise ValueError(f"{group.name}/{name} is no {kind.__name__.lower()} of this file")
-    return group[name]
-
-
-def _is_number(entry) -> bool:
-    return entry.dtype.kind in "fiub" or _is_bfloat16(entry)
-
-
-def _is_bfloat16(entry) -> bool:
-    return entry.dtype == np.dtype("V2") and entry.attrs.get("dtype") == "bfloat16"
-
-
-def _array(entry) -> np.ndarray:
-    if not _is_bfloat16(entry):
-        return np.asarray(entry[()])
-    import ml_dtypes  # Keras has it
-
-    return np.asarray(entry[()]).view(ml_dtypes.bfloat16)

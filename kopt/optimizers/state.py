@@ -20,7 +20,7 @@ WRAPPERS = (4, 2)  # scalars that a LossScaleOptimizer puts before those of the 
 
 
 def save(optimizer, store) -> None:
-    arrays = {name: _keras.to_numpy(v) for name, v in _own(optimizer).items()} | optimizer.waiting
+    arrays = {name: _keras.to_numpy(v) for name, v in named_variables(optimizer).items()} | optimizer.waiting
     for place, (name, array) in enumerate(arrays.items()):
         store[f"{place}:{name}"] = array
 
@@ -31,11 +31,11 @@ def load(optimizer, store) -> None:
         return  # Keras asks for a part that the file does not have, and has said so
     arrays = _read(optimizer, store)
     slots = {name: arrays.pop(name) for name in list(arrays) if ":" in name}
-    scalars = {name: v for name, v in _own(optimizer).items() if ":" not in name}
+    scalars = {name: v for name, v in named_variables(optimizer).items() if ":" not in name}
     fresh = not slots and arrays.get("iteration", 1) == 0  # saved before it was built
-    faults = _differences(scalars, arrays)
+    faults = differences(scalars, arrays)
     if optimizer.built and not fresh and not faults:
-        slots, faults = _matched(optimizer, slots)
+        slots, faults = matched(optimizer, slots)
     if faults:
         raise ValueError(
             f"The saved state does not fit {_title(optimizer)}: {_list(faults)}. Compile with the optimizer that was "
@@ -49,7 +49,7 @@ def load(optimizer, store) -> None:
         optimizer.__dict__.update(waiting=slots, before=before, loaded={} if fresh else arrays)
         return
     initial = {slot.name: slot.initial for slot in optimizer.slots_in_use}
-    for name, variable in _own(optimizer).items():
+    for name, variable in named_variables(optimizer).items():
         if name in slots:
             variable.assign(slots[name])
         elif (fresh and ":" in name) or name.startswith(WINDOW):
@@ -58,8 +58,8 @@ def load(optimizer, store) -> None:
 
 def settle(optimizer) -> None:
     """At build: take the slots that wait. What does not fit is named and let go, with the scalars that came with it."""
-    slots, faults = _matched(optimizer, optimizer.waiting)
-    own = _own(optimizer)
+    slots, faults = matched(optimizer, optimizer.waiting)
+    own = named_variables(optimizer)
     if not faults:
         for name, array in slots.items():
             if name in own:
@@ -78,7 +78,7 @@ def settle(optimizer) -> None:
     )
 
 
-def _own(optimizer) -> dict:
+def named_variables(optimizer) -> dict:
     """The optimizer's variables by name, in their order: `iteration`, `v:dense.kernel`, `v:dense.kernel#2`."""
     seen: Counter[str] = Counter()
     own = {}
@@ -98,7 +98,7 @@ def _read(optimizer, store) -> dict[str, np.ndarray]:
     arrays = {key: np.asarray(store[key]) for key in keys}
     if all(re.match(r"\d+:.", key) for key in keys):
         return {key.split(":", 1)[1]: array for key, array in arrays.items()}
-    own = _own(optimizer)
+    own = named_variables(optimizer)
     for wrapper in WRAPPERS:  # saved under mixed_float16, loaded without it: Keras unwraps
         inner = list(arrays.values())[wrapper:]
         variables = optimizer.variables
@@ -121,19 +121,19 @@ def _part(variable, held) -> np.ndarray:
     return variable.cut(held[id(variable.whole)]) if hasattr(variable, "whole") else held[id(variable)]
 
 
-def _matched(optimizer, arrays: dict) -> tuple[dict, list[str]]:
+def matched(optimizer, arrays: dict) -> tuple[dict, list[str]]:
     """The saved slots under the optimizer's own names, and what does not fit."""
-    own = {name: v for name, v in _own(optimizer).items() if ":" in name}
+    own = {name: v for name, v in named_variables(optimizer).items() if ":" in name}
     readings = {name: array for name, array in arrays.items() if name.startswith("reading:")}
     slots = {name: array for name, array in arrays.items() if name not in readings}
     mine = [name for name in own if not name.startswith("reading:")]
-    if set(mine) != slots.keys() and len(mine) == len(slots) and all(map(_alike, mine, slots)):
+    if set(mine) != slots.keys() and len(mine) == len(slots) and all(map(is_alike, mine, slots)):
         slots = dict(zip(mine, slots.values(), strict=True))
     if any(name.startswith("gradient_sum:") and name not in slots for name in own):  # a window without its sums
         readings.pop("reading:micro_step", None)
         readings.pop("reading:met", None)
     arrays = slots | readings
-    faults = _differences(own, arrays)
+    faults = differences(own, arrays)
     faults += [
         f"{name} has shape {tuple(own[name].shape)} here and {arrays[name].shape} in the file"
         for name in own
@@ -142,7 +142,7 @@ def _matched(optimizer, arrays: dict) -> tuple[dict, list[str]]:
     return arrays, faults
 
 
-def _alike(one: str, other: str) -> bool:
+def is_alike(one: str, other: str) -> bool:
     return _tail(one) == _tail(other)
 
 
@@ -152,7 +152,7 @@ def _tail(name: str) -> tuple[str, ...]:
     return slot, *(re.sub(r"_\d+$", "", part) for part in path.split(".")[-2:])
 
 
-def _differences(own, saved) -> list[str]:
+def differences(own, saved) -> list[str]:
     return [f"{name} is not in the file" for name in own if name not in saved and not _may_differ(name)] + [
         f"{name} is in the file only" for name in saved if name not in own and not _may_differ(name)
     ]

@@ -1,0 +1,208 @@
+"""What callbacks have in an optimizer's step for the length of a fit. Reaches into Keras, like `_keras.py`."""
+
+import contextlib
+
+import keras
+
+from kopt import _keras, backends
+
+
+def nested(optimizer) -> list:
+    """The optimizer and those within it: one in a LossScaleOptimizer, several in a MultiOptimizer."""
+    inner = []
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        inner = [optimizer.inner_optimizer]
+    elif isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        inner = optimizer.optimizers
+    return [optimizer, *(found for one in inner for found in nested(one))]
+
+
+def updating(optimizer) -> list:
+    """Those of them that update variables themselves; one that no variable falls to is never built."""
+    wrappers = keras.optimizers.LossScaleOptimizer, keras.optimizers.MultiOptimizer
+    return [one for one in nested(optimizer) if not isinstance(one, wrappers) and one.built]
+
+
+def trained_by(optimizer) -> list:
+    """The variables that an optimizer was built with, all of them whichever have a gradient in a step."""
+    return list(optimizer._trainable_variables)
+
+
+def has_all_weights(model) -> bool:
+    """Whether every layer has its weights; TensorFlow makes some only when it traces the first step."""
+    return all(layer.built for layer in model._flatten_layers())
+
+
+@contextlib.contextmanager
+def where_made(optimizer):
+    """Out of any function that TensorFlow traces, and in the scope of the strategy that the optimizer was made in."""
+    home = getattr(optimizer, "_distribution_strategy", None)
+    with backends.eagerly(), home.scope() if backends.is_strategy(home) else contextlib.nullcontext():
+        yield
+
+
+def add_slot(optimizer, reference, name, initializer, dtype=None):
+    """A variable of an optimizer for one of a model, where that is and laid out like it."""
+    if isinstance(optimizer, _keras.OptimizerBridge):
+        return optimizer.add_variable_from_reference(reference, name, initializer, dtype)
+    home = getattr(optimizer, "_distribution_strategy", None)
+    with home.extended.colocate_vars_with(backends.native(reference)) if home else contextlib.nullcontext():
+        return optimizer.add_variable(
+            shape=reference.shape,
+            initializer=initializer,
+            dtype=dtype or _keras.dtype_of(reference),
+            layout=getattr(reference, "_layout", None),
+            name=f"{_keras.path_of(reference).replace('/', '_').replace(':', '_')}_{name}",
+        )
+
+
+def stand_in(owner, name, function):
+    """Put a function in place of a method of one object; what is returned puts back what was there."""
+    previous = vars(owner).get(name)
+    vars(owner)[name] = function
+
+    def put_back():
+        if vars(owner).get(name) is function:  # else somebody has put another in its place, which calls this one
+            del vars(owner)[name]
+            if previous is not None:
+                vars(owner)[name] = previous
+
+    return put_back
+
+
+def before_first_step(optimizer, model, prepare):
+    """Build the optimizer at its first `apply` and call `prepare` before it goes on; what is returned takes it back."""
+
+    @backends.as_written
+    def apply(grads, trainable_variables=None):
+        put_back()
+        if not optimizer.built:
+            with where_made(optimizer):
+                optimizer.build(list(model.trainable_variables if trainable_variables is None else trainable_variables))
+        prepare()
+        optimizer.apply(grads, trainable_variables)
+
+    put_back = stand_in(optimizer, "apply", apply)
+    return put_back
+
+
+def hide_in_files(optimizer, steps):
+    """Let no file hold, or be asked for, what parts have added; what is returned takes it back."""
+
+    def hiding(method):
+        def call(store):
+            with contextlib.ExitStack() as stack:
+                for step in steps:
+                    stack.enter_context(step.hidden())
+                method(store)
+
+        return call
+
+    names = "save_own_variables", "load_own_variables"
+    undo = [stand_in(one, name, hiding(getattr(one, name))) for one in nested(optimizer) for name in names]
+    return lambda: [put_back() for put_back in undo]
+
+
+class Step:
+    """Stands in place of an optimizer's `apply` while callbacks have a part in the step.
+
+    While it does, the optimizer's list of variables is another one, so that its own is as it was when the last part
+    leaves: TensorFlow cannot save a list to a checkpoint any more once something was taken out of it.
+    """
+
+    def __init__(self, optimizer):
+        self.optimizer, self.apply = optimizer, optimizer.apply
+        self.parts, self.added = [], {}  # in the order of installation; id of a part -> its variables
+
+        @backends.as_written
+        def apply(grads, trainable_variables=None):
+            self.run(list(grads), trainable_variables)
+
+        apply.step = self
+        self.put_back = stand_in(optimizer, "apply", apply)
+        self.own = optimizer._variables
+        self._show(list(self.own))
+
+    @staticmethod
+    def of(optimizer) -> "Step | None":
+        return getattr(vars(optimizer).get("apply"), "step", None)
+
+    def _show(self, variables) -> None:
+        """Let this list be the optimizer's, for what is tracked from now on, too."""
+        store = self.optimizer._tracker.config
+        store["variables"] = store["variables"][0], variables
+        self.shown = vars(self.optimizer)["_variables"] = variables
+
+    def run(self, grads, variables) -> None:
+        if not grads or not self.parts:
+            self.apply(grads, variables)
+            return
+        trained, counts = trained_by(self.optimizer), []
+        with backends.unrecorded():
+            backends.once_for_all_replicas(lambda: self._before(counts))
+        self.apply(grads, variables)
+        with backends.unrecorded():
+            backends.once_for_all_replicas(lambda: self._after(trained, counts))
+
+    def _before(self, counts) -> None:
+        if self.optimizer.gradient_accumulation_steps or getattr(self.optimizer, "nonfinite", "apply") != "apply":
+            counts.append(self.optimizer.iterations + 0)  # a copy: torch counts in place
+        for part in self.parts:
+            part.before_update(self.optimizer)
+
+    def _after(self, trained, counts) -> None:
+        happened = self.optimizer.iterations > counts[-1] if counts else True
+        for part in self.parts:
+            part.after_update(self.optimizer, trained, happened)
+
+    def install(self, part) -> None:
+        """Let the part add its variables; from then on it is in the step."""
+        known = {id(variable) for variable in self.shown}
+        self.parts.append(part)
+        try:
+            with where_made(self.optimizer):
+                part.install(self.optimizer)
+        finally:
+            self.added[id(part)] = [variable for variable in self.shown if id(variable) not in known]
+
+    def remove(self, part) -> None:
+        self.parts = [other for other in self.parts if other is not part]
+        for variable in self.added.pop(id(part), []):
+            self.optimizer._untrack_variable(variable)
+            getattr(self.optimizer, "named", {}).pop(id(variable), None)
+        if not self.parts:
+            self._go()
+
+    def _go(self) -> None:
+        """Give the optimizer its own list back, less what it has let go in the meantime, and with what it has taken."""
+        left, own = {id(variable) for variable in self.shown}, {id(variable) for variable in self.own}
+        for i in reversed([i for i, variable in enumerate(self.own) if id(variable) not in left]):
+            del self.own[i]
+        self.own.extend(variable for variable in self.shown if id(variable) not in own)
+        self._show(self.own)
+        self.put_back()
+
+    @contextlib.contextmanager
+    def hidden(self):
+        """The optimizer without what its parts have added."""
+        added = {id(variable) for variables in self.added.values() for variable in variables}
+        shown = self.optimizer._variables
+        vars(self.optimizer)["_variables"] = [variable for variable in shown if id(variable) not in added]
+        try:
+            yield
+        finally:
+            vars(self.optimizer)["_variables"] = shown
+
+
+@contextlib.contextmanager
+def without_parts(optimizer):
+    """The optimizer and those within it as they are when no callback has a part in the step."""
+    with contextlib.ExitStack() as stack:
+        for step in filter(None, map(Step.of, nested(optimizer))):
+            stack.enter_context(step.hidden())
+        yield
+
+
+def own_variables(optimizer) -> list:
+    """The variables of an optimizer without those of the optimizers within it."""
+    return list(optimizer._variables)
