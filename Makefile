@@ -8,7 +8,8 @@ PYTEST := $(BIN)/python -m pytest -n $(or $(WORKERS),2)
 OUT ?= out/quickstart
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo test test-all test-tensorflow test-jax test-torch lint format bench bench-conditions clean
+.PHONY: help demo test test-all test-tensorflow test-jax test-torch test-slow soak compare-resume lint format bench
+.PHONY: bench-conditions clean
 .DEFAULT_GOAL := help
 
 help:  ## List what make can do
@@ -23,15 +24,25 @@ test-all: test-tensorflow test-jax test-torch  ## Run the tests on TensorFlow, J
 
 test-tensorflow: $(VENV)/.dev
 	KERAS_BACKEND=tensorflow KOPT_FLOATX=float64 $(PYTEST) tests/test_rules.py
-	KERAS_BACKEND=tensorflow $(PYTEST)
+	KERAS_BACKEND=tensorflow $(PYTEST) -m "not slow"
 
 test-jax: $(VENV)/.jax
 	KERAS_BACKEND=jax KOPT_FLOATX=float64 $(PYTEST) tests/test_rules.py
-	KERAS_BACKEND=jax $(PYTEST)
+	KERAS_BACKEND=jax $(PYTEST) -m "not slow"
 
 test-torch: $(VENV)/.torch
 	KERAS_BACKEND=torch KOPT_FLOATX=float64 $(PYTEST) tests/test_rules.py
-	KERAS_BACKEND=torch $(PYTEST)
+	KERAS_BACKEND=torch $(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.jax $(VENV)/.torch  ## Run what takes long on the three backends: trainings killed at random moments
+	for backend in tensorflow jax torch; do KERAS_BACKEND=$$backend $(PYTEST) -m slow || exit 1; done
+
+soak: $(VENV)/.dev  ## Kill a training KILLS times (500) at random moments, on KERAS_BACKEND; the store many times more
+	KOPT_SOAK=$(or $(KILLS),500) $(BIN)/python -m pytest -s tests/test_resume.py -k any_moment
+	KOPT_SOAK=$(or $(KILLS),500) $(BIN)/python -m pytest -s tests/test_store_crash.py -k killed_process
+
+compare-resume: $(VENV)/.dev  ## Stop and resume eight trainings with Keras's callback and kopt's, on KERAS_BACKEND
+	$(BIN)/python -m tests.resume compare
 
 lint: $(VENV)/.dev  ## Check style
 	$(BIN)/ruff check .

@@ -49,10 +49,13 @@ def seekable(source, *, num_batches=None, shuffle=False, seed=0):
     shuffle, seed = checks.boolean("shuffle", shuffle), checks.count(0)("seed", seed)
     is_made = callable(source) and not _is_data(source)
     make = source if is_made else lambda n: source
-    first = make(0)
+    allowed = "a tf.data.Dataset, a keras.utils.PyDataset, or a function of the number of a pass that returns one"
+    try:
+        first = make(0)
+    except Exception as error:
+        raise ValueError(f"`source` must be {allowed}. Received: source={source!r}, which raised {error!r}") from error
     if not _is_data(first):
-        allowed = "a tf.data.Dataset, a keras.utils.PyDataset, or a function of the number of a pass that returns one"
-        checks.refuse("source", allowed, first if is_made else source)
+        checks.refuse("source", allowed, source)
     if isinstance(first, keras.utils.PyDataset):
         _check_hooks(first, is_made)
     elif shuffle:
@@ -70,12 +73,12 @@ def seekable(source, *, num_batches=None, shuffle=False, seed=0):
         order = range(count) if count else None
         if shuffle and count:
             order = np.random.default_rng([seed, n]).permutation(count)
-        return _fit.adapted(Part(data, order, start))
+        return _fit.adapted(_Part(data, order, start))
 
     return _fit.Passes(rest, num_batches or _fit.adapted(first).num_batches)
 
 
-class Part(keras.utils.PyDataset):
+class _Part(keras.utils.PyDataset):
     """The items of a PyDataset in this order, from the place `start` on."""
 
     def __init__(self, source, order, start):

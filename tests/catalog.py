@@ -268,6 +268,24 @@ KINDS = {
     kopt.elementwise: {"kernel": "|".join(KERNELS) + "?", "rests": "boolean"},
     kopt.At: {"t": "made by the step", "learning_rate": "made by the step"},
     kopt.Optimizer: {},  # has no constructor of its own
+    kopt.callbacks.BackupAndRestore: {
+        "directory": "path",
+        "save_every_epochs": "count 1",
+        "save_every_steps": "count 1?",
+        "keep": "count 1",
+        "on_save_error": "raise|warn",
+        "delete_checkpoint": "boolean",
+        "verbose": "count 0",
+    },
+    kopt.data.seekable: {"source": "data", "num_batches": "count 1?", "shuffle": "boolean", "seed": "count 0"},
+    kopt.load_optimizer: {"model": "a compiled model", "path": "a file of it"},
+}
+TRIED_ELSEWHERE = {kopt.At, kopt.load_optimizer}  # the step makes the one; tests/test_loading.py tries the other
+PUBLIC = {
+    name: value
+    for module in (kopt, kopt.callbacks, kopt.data)
+    for name, value in vars(module).items()
+    if callable(value) and not name.startswith("_") and value.__module__.startswith("kopt")
 }
 NEEDED = {
     "nesterov": {"momentum": 0.9},

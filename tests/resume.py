@@ -2,8 +2,10 @@
 
 `python -m tests.resume` imports Keras once and then forks a child for each order that it reads, a line of JSON:
 `{"scenario": ..., "directory": ..., "kill": ...}`. A child prints what it came to, unless it was killed on the way.
+`python -m tests.resume compare` prints which trainings end the same with Keras's callback, and which with kopt's.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,6 +13,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import field
@@ -24,6 +27,7 @@ from keras import layers
 
 import kopt
 from kopt import disk
+from kopt.callbacks.base import InStep
 
 BACKEND = keras.backend.backend()
 EPOCHS, BATCH = 5, 4
@@ -67,6 +71,27 @@ class Count(keras.callbacks.Callback):
         self.seen = state["seen"]
 
 
+class Mean(InStep):
+    """The mean of the weights after each update, kept in the compiled step."""
+
+    left_behind = (*InStep.left_behind, "means", "found")
+
+    def prepare(self, model):
+        self.means, self.found = [], []
+
+    def install(self, optimizer):
+        self.count = self.add_variable(optimizer, name="count")
+        self.means = [(v, self.add_slot(optimizer, v, "mean", dtype="float32")) for v in self.model.trainable_variables]
+
+    def after_update(self, optimizer, variables, happened):
+        self.count.assign(self.count + 1)
+        for variable, mean in self.means:
+            mean.assign(mean + (variable - mean) / self.count)
+
+    def finish(self, optimizer):
+        self.found = [keras.ops.convert_to_numpy(mean).tolist() for _, mean in self.means]
+
+
 def plateau(**arguments):
     return keras.callbacks.ReduceLROnPlateau("loss", 0.1, **arguments)
 
@@ -106,7 +131,7 @@ class Scenario:
     first: bool = False  # whether the backup is the first in the list of callbacks
 
 
-CALLBACK_STATE = ("best", "wait", "cooldown_counter", "stopped_epoch", "best_epoch", "best_weights", "seen")
+CALLBACK_STATE = ("best", "wait", "cooldown_counter", "stopped_epoch", "best_epoch", "best_weights", "seen", "found")
 ADAM = keras.optimizers.Adam
 PLAIN = {"shuffle": False}
 EIGHT = {  # in which Keras's own callback was measured
@@ -115,7 +140,7 @@ EIGHT = {  # in which Keras's own callback was measured
     "accumulation": Scenario(ADAM, {"gradient_accumulation_steps": 3}, fit=PLAIN),
     "shuffled": Scenario(ADAM),
     "dropout": Scenario(ADAM, layer=lambda: layers.Dropout(0.5), fit=PLAIN),
-    "plateau": Scenario(ADAM, callbacks=(lambda: plateau(patience=0, min_delta=0.5),), fit=PLAIN, first=True),
+    "plateau": Scenario(ADAM, callbacks=(lambda: plateau(patience=0, min_delta=1e9),), fit=PLAIN, first=True),
     "swapped": Scenario(ADAM, {"use_ema": True}, callbacks=(lambda: keras.callbacks.SwapEMAWeights(True),), fit=PLAIN),
     "steps": Scenario(ADAM, fit=PLAIN, steps=3),
 }
@@ -127,6 +152,7 @@ SCENARIOS = EIGHT | {
         fit={"validation_split": 0.1},
         steps=3,
     ),
+    "mean": Scenario(ADAM, callbacks=(Mean,), steps=3),
     "norm": Scenario(layer=layers.BatchNormalization, fit={"shuffle": "batch"}, compiled={"metrics": ["mae"]}, steps=2),
     "stopped": Scenario(callbacks=(stopping,)),
     "best": Scenario(callbacks=(best,)),
@@ -199,17 +225,21 @@ class Progress(keras.callbacks.Callback):
         self._reach("on_train_end", 0)
 
 
-def train(name, directory, kill=None, say=None, epochs=EPOCHS) -> dict:
+def train(name, directory, kill=None, say=None, epochs=EPOCHS, theirs=False) -> dict:
     """Train as the scenario says; the hashes of what came of it."""
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(7)
     use = SCENARIOS[name]
     layer = [use.layer()] if use.layer else []
-    model = keras.Sequential([layers.Dense(6, activation="relu"), *layer, layers.Dense(1)])
+    start = [keras.Input((4,))] if theirs else []  # Keras's callback wants a model that is built
+    model = keras.Sequential([*start, layers.Dense(6, activation="relu"), *layer, layers.Dense(1)])
     model.compile(use.optimizer(0.01, **use.arguments), loss="mse", **use.compiled)
     if kill and "operation" in kill:
         kopt.store.Disk = lambda: Dies(**kill)
-    backup = kopt.callbacks.BackupAndRestore(directory, save_every_steps=use.steps, verbose=0)
+    if theirs:
+        backup = keras.callbacks.BackupAndRestore(f"{directory}/keras", save_freq=use.steps or "epoch")
+    else:
+        backup = kopt.callbacks.BackupAndRestore(directory, save_every_steps=use.steps, verbose=0)
     os.chdir(directory)  # where a callback writes what the backup leaves alone
     callbacks = [make() for make in use.callbacks]
     listed = [backup, *callbacks] if use.first else [*callbacks, backup]
@@ -266,5 +296,28 @@ def serve():
         print(json.dumps({"status": status, "said": said}), flush=True)
 
 
+def compare() -> dict:
+    """The eight trainings with either callback, stopped and started again."""
+    found = {}
+    for name, kill in zip(EIGHT, [("on_epoch_begin", 3), ("on_train_batch_end", 22)] * 4, strict=True):
+        found[name] = []
+        for theirs in (True, False):
+            with tempfile.TemporaryDirectory() as once, tempfile.TemporaryDirectory() as twice:
+                whole = train(name, once, theirs=theirs)
+                with contextlib.suppress(KeyboardInterrupt):
+                    train(name, twice, {"hook": kill[0], "number": kill[1], "raise": True}, theirs=theirs)
+                again = train(name, twice, theirs=theirs)
+                os.chdir("/")
+            found[name].append(whole["weights"] == again["weights"] and whole["optimizer"] == again["optimizer"])
+    return found
+
+
 if __name__ == "__main__":
-    serve()
+    if sys.argv[1:] == ["compare"]:
+        rows = compare()
+        print(f"{BACKEND}: whether weights and optimizer end the same, bit for bit\n{'':16}{'Keras':8}kopt")
+        for name, same in rows.items():
+            print(f"{name:16}" + "".join(f"{'same' if one else 'other':8}" for one in same))
+        print(f"{'of 8':16}" + "".join(f"{sum(column):<8}" for column in zip(*rows.values(), strict=True)))
+    else:
+        serve()

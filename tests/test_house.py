@@ -14,7 +14,7 @@ import keras
 import pytest
 
 import kopt
-from tests.catalog import OPTIMIZERS
+from tests.catalog import OPTIMIZERS, PUBLIC
 from tests.conftest import BACKEND
 
 ROOT = Path(kopt.__file__).parent
@@ -77,14 +77,8 @@ def test_three_files_reach_into_keras_and_few_name_backends():
 PRIVATE = {*dir(keras.optimizers.Optimizer(0.1)), *dir(keras.Variable(0.0))} - {"_held"}
 
 
-def public():
-    return {
-        name: value for name, value in vars(kopt).items() if not name.startswith("_") and not inspect.ismodule(value)
-    }
-
-
 def test_every_optimizer_has_a_row():
-    optimizers = {c for c in public().values() if isinstance(c, type) and issubclass(c, kopt.Optimizer)}
+    optimizers = {c for c in PUBLIC.values() if isinstance(c, type) and issubclass(c, kopt.Optimizer)}
     assert optimizers - {kopt.Optimizer} == {row.cls for row in OPTIMIZERS}
 
 
@@ -94,9 +88,9 @@ def test_every_row_has_an_outside_reference_or_says_why_not():
         assert (row.torch and row.optax) or row.differs, f"{row.name} does not say why one of the two is missing"
 
 
-@pytest.mark.parametrize("name", public())
+@pytest.mark.parametrize("name", PUBLIC)
 def test_everything_public_is_documented(name):
-    value = public()[name]
+    value = PUBLIC[name]
     doc = inspect.getdoc(value)
     assert doc, name
     if isinstance(value, type) and issubclass(value, kopt.Optimizer):
@@ -106,6 +100,10 @@ def test_everything_public_is_documented(name):
         if value is not kopt.Optimizer:
             for part in ("When to use it:", "Args:", "Example:", "Reference:", "Differs from"):
                 assert part in doc, f"{name} has no part {part!r}"
+    elif value.__module__ != "kopt.optimizers.rule":
+        for argument in inspect.signature(value).parameters:
+            assert f"    {argument}: " in doc, f"{name} does not document `{argument}`"
+        assert "Example:" in doc, f"{name} has no example"
 
 
 def test_every_common_argument_is_documented_and_typed():

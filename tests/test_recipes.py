@@ -58,8 +58,9 @@ FENCES = re.compile(r"```python\n(.+?)```", re.DOTALL)
 
 
 @pytest.mark.parametrize("page", ["README.md", "recipes/update_rules.md"])
-def test_the_code_on_the_pages_runs(page):
+def test_the_code_on_the_pages_runs(page, tmp_path, monkeypatch):
     """Each block goes on from the ones before it, with data for `x` and `y` and tensors for a rule."""
+    monkeypatch.chdir(tmp_path)
     tensors = {name: keras.ops.ones(3) for name in "gwv"}
     scope = {"x": np.ones((8, 64), "float32"), "y": np.zeros(8, "int64"), **tensors}
     blocks = FENCES.findall((RECIPES.parent / page).read_text())

@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 
 from kopt.manifest import EXTRA, NATIVE
 from kopt.store import Damaged, InUse, Store
+from tests.conftest import BACKEND
 from tests.disks import Failing, Quick, files, same, tree
+
+pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="the store knows no backend")
 
 CHILD = [sys.executable, str(Path(__file__).parent / "store_child.py")]
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from kopt.store import Store
+from tests.conftest import BACKEND
 from tests.disks import Failing, Quick, Recorder, Watched, files, same, tree
+
+pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="the store knows no backend")
 
 CHILD = [sys.executable, str(Path(__file__).parent / "store_child.py")]
 

@@ -17,7 +17,10 @@ import pytest
 
 from kopt import manifest as module
 from kopt.store import Damaged, Store
+from tests.conftest import BACKEND
 from tests.disks import Quick, files, same, tree
+
+pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="the store knows no backend")
 
 NAMES = ["kopt-00000001.data", "kopt-00000001.json"]
 

@@ -101,7 +101,7 @@ class BackupAndRestore(Callback):
         self.keep = checks.count(1)("keep", keep)
         self.on_save_error = checks.one_of("raise", "warn")("on_save_error", on_save_error)
         self.delete_checkpoint = checks.boolean("delete_checkpoint", delete_checkpoint)
-        self.verbose = checks.count(0)("verbose", int(verbose) if isinstance(verbose, bool) else verbose)
+        self.verbose = checks.count(0)("verbose", verbose)
         self.fits = 0  # how many `fit`s this callback has seen to their end
         self.run = None  # what belongs to the running `fit`
         self.async_safe = save_every_steps is None  # let JAX go on while the hook of a batch, which does nothing, runs
