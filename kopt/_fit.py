@@ -3,6 +3,7 @@
 Keras has no way to ask for either. Every private name used here has a test in `tests/test_keras_internals.py`.
 """
 
+import contextlib
 import itertools
 import sys
 
@@ -13,6 +14,8 @@ from keras.src.random import seed_generator
 from keras.src.trainers.data_adapters import array_slicing, get_data_adapter
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+
+SEEDS = keras.random.SeedGenerator
 
 
 class Fit:
@@ -53,14 +56,17 @@ class Fit:
     def build(self) -> None:
         """Build model, metrics and optimizer, which TensorFlow puts off until the first step."""
         dataset = getattr(self.epoch_iterator, "_distributed_dataset", None)
-        if dataset is None and not self.model.optimizer.built:
+        if dataset is not None:
+            with contextlib.suppress(
+                Exception
+            ):  # a model that is not called, but has a step of its own, trains as well
+                self.model._symbolic_build(data_batch=dataset.element_spec)
+        if not self.model.optimizer.built:
             self.model.optimizer.build(self.model.trainable_variables)
-        elif dataset is not None:
-            self.model._symbolic_build(data_batch=dataset.element_spec)
 
     def start_at(self, epoch) -> None:
-        """Begin with this epoch; None for the one that `fit` was told."""
-        self.model._initial_epoch = epoch
+        """Let this `fit`, and no later one, begin with another epoch than it was told."""
+        self.model._initial_epoch = Once(epoch).of(self.model)
 
     @property
     def num_batches(self) -> int | None:
@@ -76,6 +82,18 @@ class Fit:
             if hasattr(iterator, "_distributed_dataset"):
                 iterator._distributed_dataset = each_pass(adapter, iterator._distribute_strategy)
         return Feed(iterator) if isinstance(adapter, Passes) and iterator.num_batches else None
+
+
+class Once(int):
+    """The first epoch of one `fit`: it leaves the model when `fit` asks whether it is there."""
+
+    def of(self, model):
+        self.model = model
+        return self
+
+    def __bool__(self):
+        self.model._initial_epoch = None
+        return self != 0
 
 
 class Feed:
@@ -101,6 +119,10 @@ class Feed:
         if ended and (iterator._current_iterator is None or iterator.steps_per_epoch is None):
             return [self.begun, 0]
         return [self.begun - 1, iterator._steps_seen]
+
+    def end(self) -> None:
+        """Let go what hands out batches."""
+        self.epoch_iterator.data_adapter.end()
 
     def seek(self, position, step, then) -> None:
         """Begin the next epoch at its batch `step`, which comes from this position; call `then` just before it."""
@@ -148,7 +170,8 @@ class Passes(DataAdapter):
     def on_epoch_begin(self):
         self.is_epoch_new = True
 
-    on_epoch_end = end
+    def on_epoch_end(self):
+        """Nothing: with `steps_per_epoch` a pass goes on in the next epoch."""
 
     def check(self) -> None:
         """Refuse what `fit` was given beside the data, and would not use."""
@@ -258,6 +281,42 @@ class Chosen(ArrayDataAdapter):
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
         batches = pairs.map(gather, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         return batches.with_options(options).prefetch(tf.data.AUTOTUNE)
+
+
+def variables_of(model) -> list:
+    """All that a model keeps: what it lists, and what layers hold beside that, such as the states of a stateful RNN."""
+    listed = [*model.variables, *model.metrics_variables]
+    known = {id(variable) for variable in listed}
+    others = [getattr(value, "state", value) if isinstance(value, SEEDS) else value for value in _held(model)]
+    others = {id(value): value for value in others if isinstance(value, keras.Variable)}
+    return [*model.variables, *(variable for key, variable in others.items() if key not in known)]
+
+
+def optimizers_of(model) -> list:
+    """The optimizer that the model was compiled with, and others that it or a layer holds for a step of its own."""
+    found = [model.optimizer, *(value for value in _held(model) if isinstance(value, keras.optimizers.Optimizer))]
+    return list({id(optimizer): optimizer for optimizer in found}.values())
+
+
+def _held(model):
+    """What the attributes of a model, its layers and its losses hold."""
+    for layer in [
+        *model._flatten_layers(),
+        *(loss for loss in keras.tree.flatten(model.loss) if hasattr(loss, "call")),
+    ]:
+        values = list(vars(layer).values())
+        while values:
+            value = values.pop(0)
+            if isinstance(value, (list, tuple)):
+                values[:0] = value
+            elif isinstance(value, dict):
+                values[:0] = value.values()
+            else:
+                yield value
+
+
+def trained_by(optimizer) -> list:
+    return list(getattr(optimizer, "_trainable_variables", ()))
 
 
 def adapted(data) -> DataAdapter:

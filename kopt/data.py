@@ -62,8 +62,7 @@ def seekable(source, *, num_batches=None, shuffle=False, seed=0):
         checks.refuse(
             "shuffle", "False with a tf.data.Dataset; give `lambda n: dataset.shuffle(size, seed=n)`", shuffle
         )
-    if is_made or not isinstance(first, keras.utils.PyDataset):
-        _check_repeats(source, make)
+    _check_repeats(source, make)
 
     def rest(n, start):
         data = make(n)

@@ -102,6 +102,11 @@ def test_the_order_of_arrays_moves_no_random_state():
     assert all(np.array_equal(before["backend"][key], after["backend"][key]) for key in before["backend"])
 
 
+class Draws(Items):
+    def __getitem__(self, i):
+        return np.random.random((2, 1)), np.zeros((2, 1))
+
+
 class Shuffles(Items):
     def on_epoch_end(self):
         pass
@@ -113,6 +118,7 @@ class Shuffles(Items):
     ({"source": pairs(2).shuffle(ROWS)}, "the same whenever it is read; its first batches were others"),
     ({"source": lambda n: pairs().shuffle(ROWS)}, "lambda n: dataset.shuffle\\(size, seed=n\\)"),
     ({"source": Shuffles()}, "without `on_epoch_begin` and `on_epoch_end`"),
+    ({"source": Draws()}, "the same whenever it is read"),
     ({"source": pairs(), "shuffle": True}, "`shuffle` must be False with a tf.data.Dataset"),
     ({"source": pairs(), "shuffle": 1}, "`shuffle` must be True or False"),
     ({"source": pairs(), "num_batches": 0}, "`num_batches` must be an integer of 1 or more"),
@@ -129,3 +135,11 @@ def test_what_fit_would_not_use_is_refused():
     model.compile("sgd", "mse")
     with pytest.raises(ValueError, match="`class_weight` must be None beside `kopt.data.seekable"):
         model.fit(seekable(Items()), class_weight={0: 1.0}, verbose=0)
+
+
+def test_a_pass_goes_on_in_the_next_epoch():
+    """Keras ends what its workers do when an epoch ends, and cannot go on."""
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    model.fit(seekable(Items(workers=2)), steps_per_epoch=2, epochs=3, verbose=0)
+    assert int(model.optimizer.iterations) == 6

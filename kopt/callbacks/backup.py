@@ -1,6 +1,7 @@
 """Training that was killed and started again ends where it would have ended."""
 
 import dataclasses
+import os
 import random
 import time
 import warnings
@@ -14,6 +15,7 @@ from kopt.callbacks.install import settle
 from kopt.store import Store
 
 NOT_SEEKABLE = "the data cannot be put at a position (`kopt.data.seekable` tells how it could)"
+COMPLETED: set[str] = set()  # the directories of the trainings that have ended in this process
 IN_A_ROW = 3  # saves that may fail one after the other with `on_save_error="warn"`
 
 
@@ -31,6 +33,7 @@ class Run:
     step: int = 0  # steps done in this one
     saved: int = 0  # steps done at the last save
     failed: int = 0  # saves that failed in a row
+    constants: tuple[str, ...] = ()  # weights that were not finite before training, such as masks
 
 
 class BackupAndRestore(Callback):
@@ -38,12 +41,17 @@ class BackupAndRestore(Callback):
 
     A program that was killed, at any moment, and started again ends with the same weights, optimizer, history and
     callbacks as one that was not, to the bit, on the same machine and versions. Saved are the weights and other
-    variables of the model, the optimizer, metrics, the random states of Keras (all `SeedGenerator`s), Python, NumPy and
+    variables of the model, the optimizer, metrics, the random states of Keras (`SeedGenerator`s of layers and losses), Python, NumPy and
     the backend, the position in the data, and the state of callbacks: Keras's own that have one, kopt's, and any with
     `get_state()` and `set_state(state)`. The program must build the same model, data and callbacks.
 
     When `fit` is over the last state stays: a second run of the program finds the training complete, and with more
-    `epochs` goes on. Use one directory for one run; fits one after the other may share a callback.
+    `epochs` goes on. Use one directory for one run. A callback that is given to several `fit`s, one after the other,
+    saves the later ones in `fit-2`, `fit-3`, ... of its directory.
+
+    What it cannot see it cannot save: what a function given to `LambdaCallback` or `LearningRateScheduler` remembers, and
+    files that other callbacks write (`CSVLogger` needs `append=True` to go on). An optimizer beside the compiled one, for
+    a `train_step` of your own, is saved if the model holds it in an attribute; build it before `fit`.
 
     Data: arrays, shuffled or not, and `kopt.data.seekable(...)` go on at the very batch. Other data goes on at the
     beginning of an epoch, and what is random in it is not what it would have been. Arrays are shuffled by kopt while
@@ -113,11 +121,12 @@ class BackupAndRestore(Callback):
             return  # and be called again, after all others
         fit.build()
         settle(self.model)
-        store = self.run.store if self.run else Store(self.directory, self.keep)
+        store = self.run.store if self.run else Store(self._place(), self.keep)
         store.open()
-        self.run = Run(fit, store, random.randrange(2**31))
-        tree = self._loaded(store)
-        if tree and tree["fit"] == self.fits:
+        self.run = Run(fit, store, random.randrange(2**31), constants=tuple(training.nonfinite(self.model)))
+        loaded = store.load()
+        tree = loaded and loaded.tree
+        if tree:
             self.run.seed = tree["data"]["seed"]
         self.run.feed = fit.feed(self.run.seed)
         if self.save_every_steps:
@@ -126,6 +135,10 @@ class BackupAndRestore(Callback):
                 self._say(f"saves when epochs end: {NOT_SEEKABLE}")
         if forgotten := sorted({type(callback).__name__ for callback in fit.callbacks if stock.may_forget(callback)}):
             self._say(f"does not save what {', '.join(forgotten)} may hold: no `get_state()` and `set_state(state)`")
+        if any(isinstance(c, keras.callbacks.CSVLogger) and not c.append for c in fit.callbacks):
+            self._say("cannot keep the rows of a CSVLogger without `append=True`, which begins its file anew")
+        if late := [optimizer.name for optimizer in _fit.optimizers_of(self.model) if not optimizer.built]:
+            self._say(f"cannot be exact to the last bit unless {', '.join(late)} is built before `fit`")
         if tree:
             self._resume(tree)
 
@@ -137,33 +150,28 @@ class BackupAndRestore(Callback):
         if len(rivals) > 1:
             checks.refuse("callbacks", "a list with one that backs up and restores", rivals)
 
-    def _loaded(self, store) -> dict | None:
-        loaded = store.load()
-        if loaded is None or loaded.tree["fit"] < self.fits:  # of a fit that this callback has seen the end of
-            return None
-        return loaded.tree
+    def _place(self) -> str:
+        """The directory of this `fit`: each has its own, so that a program of several finds the end of each again."""
+        return os.path.join(self.directory, f"fit-{self.fits + 1}") if self.fits else self.directory
 
     def _resume(self, tree) -> None:
         """Go on from a backup: at once, and again after the hooks that begin an epoch if it was made within one."""
         run, epochs = self.run, self.params["epochs"]
-        if tree["fit"] > self.fits:
-            self._say(
-                f"fit {self.fits + 1} was completed in an earlier run, which came to fit {tree['fit'] + 1}: skipped"
-            )
-            run.fit.start_at(epochs)
-            return
         self._check_position(tree)
         training.restore(self.model, run.fit.callbacks, tree)
         run.epoch, run.step, run.before = tree["epoch"], tree["step"], tree["before"]
         run.saved = run.before + run.step
-        where = f"{self.directory} (saved {tree['time']})"
+        where = f"{run.store.directory} (saved {tree['time']})"
         if tree["stopped"] or run.epoch >= epochs:
+            if run.store.directory in COMPLETED:
+                allowed = "another one for another training: in this process, one has been completed there"
+                checks.refuse("directory", allowed, run.store.directory)
             how = "had been stopped" if tree["stopped"] else "was complete"
             self._say(f"training {how} after epoch {run.epoch} of {epochs}; nothing to do. From {where}")
             run.fit.start_at(epochs)
             return
         batch = f", batch {run.step + 1} of {run.fit.num_batches}" if run.step else ""
-        inexact = f". What is random in the data is not what it would have been: {NOT_SEEKABLE}"
+        inexact = f". The data begins anew, and what is random in it is not what it would have been: {NOT_SEEKABLE}"
         self._say(f"goes on at epoch {run.epoch + 1} of {epochs}{batch}, from {where}{'' if run.feed else inexact}")
         run.fit.start_at(run.epoch)
         run.tree = tree
@@ -189,7 +197,6 @@ class BackupAndRestore(Callback):
     def on_epoch_begin(self, epoch, logs=None):
         run = self.run
         if run.tree:
-            run.fit.start_at(None)
             if epoch != run.tree["epoch"]:
                 there = run.tree["epoch"]
                 raise RuntimeError(f"`fit` begins at epoch {epoch}, but the backup goes on at epoch {there}.")
@@ -222,8 +229,7 @@ class BackupAndRestore(Callback):
 
     def _save(self, epoch, step, stopped=False) -> None:
         run = self.run
-        tree = training.collect(self.model, run.fit.callbacks) | {
-            "fit": self.fits,
+        tree = training.collect(self.model, run.fit.callbacks, within_epoch=bool(step)) | {
             "epoch": epoch,
             "step": step,
             "before": run.before,
@@ -235,7 +241,7 @@ class BackupAndRestore(Callback):
             },
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        if bad := training.nonfinite(tree):
+        if bad := [name for name in training.nonfinite(self.model) if name not in run.constants]:
             warnings.warn(f"Not saved at epoch {epoch}, step {step}: {', '.join(bad[:3])} not finite.", stacklevel=2)
             return
         try:
@@ -247,12 +253,14 @@ class BackupAndRestore(Callback):
             warnings.warn(f"Not saved at epoch {epoch}, step {step}: {error}", stacklevel=2)
             return
         run.failed, run.saved = 0, run.before + run.step
-        self._say(f"saved epoch {epoch}, step {step} as {number} in {self.directory}", 2)
+        self._say(f"saved epoch {epoch}, step {step} as {number} in {run.store.directory}", 2)
 
     def on_train_end(self, logs=None):
         run, self.run = self.run, None
-        run.fit.start_at(None)
         self.fits += 1
+        COMPLETED.add(run.store.directory)
+        if run.feed:
+            run.feed.end()
         if self.delete_checkpoint:
             run.store.clear()
         run.store.close()

@@ -41,22 +41,21 @@ def has_protocol(callback) -> bool:
 
 def may_forget(callback) -> bool:
     """Whether it may hold something that nobody can save: a class that is neither Keras's nor has the protocol."""
-    known = has_protocol(callback) or attributes(callback) is not None or isinstance(callback, Callback)
+    known = has_protocol(callback) or type(callback) in CLASSES or isinstance(callback, Callback)
     return not known and bool(callback.__dict__.keys() - vars(keras.callbacks.Callback()).keys())
 
 
 def get_state(callback) -> dict:
-    if has_protocol(callback):
-        return callback.get_state()
-    return {name: _plain(getattr(callback, name)) for name in attributes(callback) if hasattr(callback, name)}
+    """What Keras's class keeps, if it is one or derived from one, and what the callback says of itself."""
+    held = {name: _plain(getattr(callback, name)) for name in attributes(callback) or () if hasattr(callback, name)}
+    return {"held": held, "own": callback.get_state() if has_protocol(callback) else None}
 
 
 def set_state(callback, state) -> None:
-    if has_protocol(callback):
-        callback.set_state(state)
-        return
-    for name, value in state.items():
+    for name, value in state["held"].items():
         setattr(callback, name, _listed(value) if isinstance(callback, keras.callbacks.History) else value)
+    if has_protocol(callback):
+        callback.set_state(state["own"])
 
 
 def _plain(value):
@@ -69,8 +68,10 @@ def _plain(value):
         return [_plain(item) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, (np.ndarray, np.generic)):
+        return np.array(value)
     array = np.array(keras.ops.convert_to_numpy(value))
-    return array.item() if array.ndim == 0 else array
+    return array if array.ndim else array.item()
 
 
 def _listed(value):

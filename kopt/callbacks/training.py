@@ -9,12 +9,12 @@ from kopt import _fit, _keras, backends
 from kopt.callbacks import stock
 
 
-def collect(model, callbacks) -> dict:
+def collect(model, callbacks, within_epoch) -> dict:
     """Everything that decides how the training goes on, but for the position in the data."""
     return {
-        "weights": _arrays(model.variables),
-        "optimizer": _arrays(model.optimizer.variables),
-        "metrics": _arrays(model.metrics_variables),
+        "weights": _arrays(_fit.variables_of(model)),
+        "optimizers": [_optimizer(optimizer, model) for optimizer in _fit.optimizers_of(model)],
+        "metrics": _arrays(model.metrics_variables) if within_epoch else {},
         "callbacks": {key: stock.get_state(callback) for key, callback in keyed(callbacks).items()},
         "random": random_state(),
     }
@@ -22,9 +22,16 @@ def collect(model, callbacks) -> dict:
 
 def restore(model, callbacks, tree) -> None:
     """Put back what `collect` found. Nothing is changed if something does not fit."""
-    faults = _differences(model.variables, tree["weights"], "weights")
-    faults += _differences(model.optimizer.variables, tree["optimizer"], "optimizer")
-    faults += _differences(model.metrics_variables, tree["metrics"], "metrics")
+    optimizers = _fit.optimizers_of(model)
+    _build(optimizers, model, tree["optimizers"])
+    pairs = [(_fit.variables_of(model), tree["weights"], "weights")]
+    pairs += [
+        (one.variables, saved["state"], "optimizer") for one, saved in zip(optimizers, tree["optimizers"], strict=False)
+    ]
+    pairs += [(model.metrics_variables, tree["metrics"], "metrics")] if tree["metrics"] else []
+    faults = [fault for pair in pairs for fault in _differences(*pair)]
+    if len(optimizers) != len(tree["optimizers"]):
+        faults.append(f"{len(optimizers)} optimizers here, {len(tree['optimizers'])} in the backup")
     if faults:
         shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more" if len(faults) > 3 else "")
         raise ValueError(f"The backup is of another model or optimizer: {shown}.")
@@ -34,18 +41,19 @@ def restore(model, callbacks, tree) -> None:
             f"The callbacks with state are {_listed(mine)}, but the backup has {_listed(tree['callbacks'])}. "
             "Give `fit` the same callbacks to resume."
         )
-    _assign(model.variables, tree["weights"])
-    _assign(model.optimizer.variables, tree["optimizer"])
-    _assign(model.metrics_variables, tree["metrics"])
+    for variables, saved, _ in pairs:
+        for variable, array in zip(variables, saved.values(), strict=True):
+            variable.assign(array)
     for key, callback in mine.items():
         stock.set_state(callback, tree["callbacks"][key])
     set_random_state(tree["random"])
 
 
-def nonfinite(tree) -> list[str]:
+def nonfinite(model) -> list[str]:
     """The weights that are not finite."""
-    floats = {name: array for name, array in tree["weights"].items() if "float" in array.dtype.name}
-    return [name.split(":", 1)[1] for name, array in floats.items() if not np.isfinite(array.astype("float64")).all()]
+    floats = [variable for variable in _fit.variables_of(model) if "float" in _keras.dtype_of(variable)]
+    arrays = {_keras.path_of(variable): _keras.to_numpy(variable).astype("float64") for variable in floats}
+    return [path for path, array in arrays.items() if not np.isfinite(array).all()]
 
 
 def keyed(callbacks) -> dict:
@@ -86,9 +94,20 @@ def _arrays(variables) -> dict[str, np.ndarray]:
     }
 
 
-def _assign(variables, saved) -> None:
-    for variable, array in zip(variables, saved.values(), strict=True):
-        variable.assign(array)
+def _optimizer(optimizer, model) -> dict:
+    """Its state, and the places of the variables that it trains, for one that is built in the first step."""
+    places = {id(variable): place for place, variable in enumerate(model.trainable_variables)}
+    trained = [places.get(id(variable)) for variable in _fit.trained_by(optimizer)]
+    return {"state": _arrays(optimizer.variables), "trains": np.array(trained) if None not in trained else None}
+
+
+def _build(optimizers, model, saved) -> None:
+    """Build the optimizers that were built when it was saved."""
+    variables = model.trainable_variables
+    for optimizer, there in zip(optimizers, saved, strict=False):
+        places = there["trains"]
+        if not optimizer.built and places is not None and len(places) and places.max() < len(variables):
+            optimizer.build([variables[place] for place in places])
 
 
 def _differences(variables, saved, kind) -> list[str]:

@@ -35,7 +35,9 @@ def seconds(made, data, callbacks) -> float:
 
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--width", type=int, default=2048, help="of each of the four layers (2048: 201 MB are saved)")
+    arguments.add_argument(
+        "--width", type=int, default=2048, help="of each of the four layers (2048: 201 MB are saved)"
+    )
     arguments.add_argument("--smoke", action="store_true", help="small, to see that it runs")
     given = arguments.parse_args()
     width = 64 if given.smoke else given.width
