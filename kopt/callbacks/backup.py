@@ -41,17 +41,17 @@ class BackupAndRestore(Callback):
 
     A program that was killed, at any moment, and started again ends with the same weights, optimizer, history and
     callbacks as one that was not, to the bit, on the same machine and versions. Saved are the weights and other
-    variables of the model, the optimizer, metrics, the random states of Keras (`SeedGenerator`s of layers and losses), Python, NumPy and
-    the backend, the position in the data, and the state of callbacks: Keras's own that have one, kopt's, and any with
-    `get_state()` and `set_state(state)`. The program must build the same model, data and callbacks.
+    variables of the model, the optimizer, metrics, the random states of Keras (`SeedGenerator`s of layers and losses),
+    Python, NumPy and the backend, the position in the data, and the state of callbacks: Keras's own that have one,
+    kopt's, and any with `get_state()` and `set_state(state)`. The program must build the same model, data and callbacks.
 
     When `fit` is over the last state stays: a second run of the program finds the training complete, and with more
     `epochs` goes on. Use one directory for one run. A callback that is given to several `fit`s, one after the other,
     saves the later ones in `fit-2`, `fit-3`, ... of its directory.
 
-    What it cannot see it cannot save: what a function given to `LambdaCallback` or `LearningRateScheduler` remembers, and
-    files that other callbacks write (`CSVLogger` needs `append=True` to go on). An optimizer beside the compiled one, for
-    a `train_step` of your own, is saved if the model holds it in an attribute; build it before `fit`.
+    What it cannot see it cannot save: what a function given to `LambdaCallback` or `LearningRateScheduler` remembers,
+    and files that other callbacks write (`CSVLogger` needs `append=True` to go on). An optimizer beside the compiled
+    one, for a `train_step` of your own, is saved if the model holds it in an attribute; build it before `fit`.
 
     Data: arrays, shuffled or not, and `kopt.data.seekable(...)` go on at the very batch. Other data goes on at the
     beginning of an epoch, and what is random in it is not what it would have been. Arrays are shuffled by kopt while
