@@ -43,7 +43,7 @@ class BackupAndRestore(Callback):
     callbacks as one that was not, to the bit, on the same machine and versions. Saved are the weights and other
     variables of the model, the optimizer, metrics, the random states of Keras (`SeedGenerator`s of layers and losses),
     Python, NumPy and the backend, the position in the data, and the state of callbacks: Keras's own that have one,
-    kopt's, and any with `get_state()` and `set_state(state)`. The program must build the same model, data and callbacks.
+    kopt's, and any with `get_state()` and `set_state(state)`. The program must build the same model and callbacks anew.
 
     When `fit` is over the last state stays: a second run of the program finds the training complete, and with more
     `epochs` goes on. Use one directory for one run. A callback that is given to several `fit`s, one after the other,
