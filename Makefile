@@ -37,11 +37,11 @@ test-torch: $(VENV)/.torch
 test-slow: $(VENV)/.jax $(VENV)/.torch  ## Run what takes long on the three backends: trainings killed at random moments
 	for backend in tensorflow jax torch; do KERAS_BACKEND=$$backend $(PYTEST) -m slow || exit 1; done
 
-soak: $(VENV)/.dev  ## Kill a training KILLS times (500) at random moments, on KERAS_BACKEND; the store many times more
+soak: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Kill a training KILLS times (500) at random moments, on KERAS_BACKEND; the store many times more
 	KOPT_SOAK=$(or $(KILLS),500) $(BIN)/python -m pytest -s tests/test_resume.py -k any_moment
 	KOPT_SOAK=$(or $(KILLS),500) $(BIN)/python -m pytest -s tests/test_store_crash.py -k killed_process
 
-compare-resume: $(VENV)/.dev  ## Stop and resume eight trainings with Keras's callback and kopt's, on KERAS_BACKEND
+compare-resume: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Stop and resume eight trainings with Keras's callback and kopt's, on KERAS_BACKEND
 	$(BIN)/python -m tests.resume compare
 
 lint: $(VENV)/.dev  ## Check style

@@ -57,9 +57,7 @@ class Fit:
         """Build model, metrics and optimizer, which TensorFlow puts off until the first step."""
         dataset = getattr(self.epoch_iterator, "_distributed_dataset", None)
         if dataset is not None:
-            with contextlib.suppress(
-                Exception
-            ):  # a model that is not called, but has a step of its own, trains as well
+            with contextlib.suppress(RuntimeError):  # a model without `call`, but a step of its own, trains as well
                 self.model._symbolic_build(data_batch=dataset.element_spec)
         if not self.model.optimizer.built:
             self.model.optimizer.build(self.model.trainable_variables)
@@ -221,7 +219,7 @@ def each_pass(passes, strategy):
 
 def ordered_arrays(adapter, seed) -> Passes:
     """Arrays in an order that follows from the seed and the number of the pass."""
-    samples, size, shuffle = adapter._num_samples, adapter._batch_size, adapter._shuffle
+    samples, size, shuffle, shared = adapter._num_samples, adapter._batch_size, adapter._shuffle, {}
 
     def rest(n, start):
         order = np.arange(samples)
@@ -230,7 +228,7 @@ def ordered_arrays(adapter, seed) -> Passes:
             order = np.concatenate([random.permutation(order[i : i + size]) for i in range(0, samples, size)])
         elif shuffle:
             order = np.random.default_rng([seed, n]).permutation(samples)
-        return Chosen(adapter, order[start * size :])
+        return Chosen(adapter, order[start * size :], shared)
 
     return Passes(rest, adapter.num_batches)
 
@@ -238,8 +236,9 @@ def ordered_arrays(adapter, seed) -> Passes:
 class Chosen(ArrayDataAdapter):
     """Keras's adapter of arrays, for these rows in this order."""
 
-    def __init__(self, adapter, rows):
+    def __init__(self, adapter, rows, shared):
         self.__dict__.update(adapter.__dict__, _shuffle=False)
+        self.shared = shared  # by all passes: the arrays as TensorFlow's tensors
         size = self._batch_size
         self.batches = [rows[i : i + size] for i in range(0, len(rows), size)]
 
@@ -260,8 +259,10 @@ class Chosen(ArrayDataAdapter):
     def get_tf_dataset(self):
         import tensorflow as tf
 
-        inputs = array_slicing.convert_to_sliceable(self._inputs, target_backend="tensorflow")
-        inputs = keras.tree.lists_to_tuples(inputs)
+        if not self.shared:
+            inputs = array_slicing.convert_to_sliceable(self._inputs, target_backend="tensorflow")
+            inputs = keras.tree.lists_to_tuples(inputs)
+            self.shared["inputs"] = tf.data.Dataset.from_tensors(inputs).repeat()
         whole = [rows for rows in self.batches if len(rows) == self._batch_size]
         rows = tf.data.Dataset.from_tensor_slices(np.reshape(whole, (len(whole), self._batch_size)).astype("int64"))
         for part in self.batches[len(whole) :]:
@@ -275,7 +276,7 @@ class Chosen(ArrayDataAdapter):
 
             return keras.tree.traverse(gather_one, inputs)
 
-        pairs = tf.data.Dataset.zip((rows, tf.data.Dataset.from_tensors(inputs).repeat()))
+        pairs = tf.data.Dataset.zip((rows, self.shared["inputs"]))
         options = tf.data.Options()
         options.experimental_optimization.apply_default_optimizations = False  # they copy the arrays
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
@@ -304,15 +305,15 @@ def _held(model):
         *model._flatten_layers(),
         *(loss for loss in keras.tree.flatten(model.loss) if hasattr(loss, "call")),
     ]:
-        values = list(vars(layer).values())
+        values, seen = list(vars(layer).values())[::-1], set()
         while values:
-            value = values.pop(0)
-            if isinstance(value, (list, tuple)):
-                values[:0] = value
-            elif isinstance(value, dict):
-                values[:0] = value.values()
-            else:
+            value = values.pop()
+            inner = list(value.values()) if isinstance(value, dict) else value
+            if not isinstance(inner, (list, tuple)):
                 yield value
+            elif id(value) not in seen and inner and not isinstance(inner[0], (str, int, float)):
+                seen.add(id(value))
+                values.extend(reversed(inner))
 
 
 def trained_by(optimizer) -> list:

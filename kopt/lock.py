@@ -101,7 +101,7 @@ def _alone(folder: str):
     if fcntl is None:
         yield
         return
-    fd, end = os.open(folder, os.O_RDONLY | PLAIN), time.monotonic() + PATIENCE
+    fd, end = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
     try:
         while _flock(fd) is False:
             if time.monotonic() > end:

@@ -77,10 +77,10 @@ class Store:
             InUse: it belongs to another process.
             OSError: it cannot be made or written.
         """
+        self._make(self.directory)
         if self.lock is not None:
             self.lock.check()
             return
-        self._make(self.directory)
         lock = Lock(os.path.join(self.directory, "kopt.lock"))
         lock.take()
         try:

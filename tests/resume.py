@@ -92,6 +92,25 @@ class Mean(InStep):
         self.found = [keras.ops.convert_to_numpy(mean).tolist() for _, mean in self.means]
 
 
+class Draws(keras.callbacks.Callback):
+    """Draws from everything that draws without being asked for a seed."""
+
+    seen = 0.0
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seen += np.random.random() + random.random() + float(keras.random.normal(()))
+        if BACKEND == "torch":
+            import torch
+
+            self.seen += float(torch.rand(()))
+        elif BACKEND == "tensorflow":
+            import tensorflow as tf
+
+            self.seen += float(tf.random.get_global_generator().normal(()))
+
+    get_state, set_state = Count.get_state, Count.set_state
+
+
 def plateau(**arguments):
     return keras.callbacks.ReduceLROnPlateau("loss", 0.1, **arguments)
 
@@ -102,6 +121,10 @@ def stopping():
 
 def best():
     return keras.callbacks.ModelCheckpoint("best.weights.h5", "loss", save_best_only=True, save_weights_only=True)
+
+
+def often():
+    return keras.callbacks.ModelCheckpoint("at_{epoch}_{batch}.weights.h5", save_freq=3, save_weights_only=True)
 
 
 def scaled(rate):
@@ -131,7 +154,17 @@ class Scenario:
     first: bool = False  # whether the backup is the first in the list of callbacks
 
 
-CALLBACK_STATE = ("best", "wait", "cooldown_counter", "stopped_epoch", "best_epoch", "best_weights", "seen", "found")
+CALLBACK_STATE = (
+    "best",
+    "wait",
+    "cooldown_counter",
+    "stopped_epoch",
+    "best_epoch",
+    "best_weights",
+    "seen",
+    "found",
+    "_batches_seen_since_last_saving",
+)
 ADAM = keras.optimizers.Adam
 PLAIN = {"shuffle": False}
 EIGHT = {  # in which Keras's own callback was measured
@@ -148,14 +181,14 @@ SCENARIOS = EIGHT | {
     "everything": Scenario(
         arguments={"use_ema": True, "gradient_accumulation_steps": 2, "nonfinite": "skip"},
         layer=lambda: layers.Dropout(0.5),
-        callbacks=(Count, lambda: plateau(patience=1), smaller),
+        callbacks=(Count, Draws, lambda: plateau(patience=1), smaller),
         fit={"validation_split": 0.1},
         steps=3,
     ),
     "mean": Scenario(ADAM, callbacks=(Mean,), steps=3),
     "norm": Scenario(layer=layers.BatchNormalization, fit={"shuffle": "batch"}, compiled={"metrics": ["mae"]}, steps=2),
     "stopped": Scenario(callbacks=(stopping,)),
-    "best": Scenario(callbacks=(best,)),
+    "best": Scenario(callbacks=(best, often), steps=2),
     "execution": Scenario(compiled={"steps_per_execution": 3}, steps=3),
     "scaled": Scenario(scaled, steps=3),
     "schedule": Scenario(scheduled, steps=5),

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from keras import ops
 
 import kopt
 from kopt import store
-from kopt.callbacks import backup
+from kopt.callbacks import backup, stock
 from tests.conftest import BACKEND
 from tests.disks import Failing
 from tests.training import X, Y, equal, near, network, numpy
@@ -277,6 +278,42 @@ def test_it_names_callbacks_whose_state_it_cannot_save(tmp_path, capsys):
     assert "does not save what Mine may hold: no `get_state()` and `set_state(state)`" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", stock.ATTRIBUTES)
+def test_the_state_of_keras_callbacks_is_where_it_is_looked_for(name, tmp_path):
+    arguments = {
+        "EarlyStopping": {"monitor": "loss"},
+        "ReduceLROnPlateau": {"monitor": "loss"},
+        "ModelCheckpoint": {"filepath": tmp_path / "model.keras"},
+        "OrbaxCheckpoint": {"directory": tmp_path / "orbax"},
+        "TensorBoard": {"log_dir": tmp_path / "board", "write_graph": False},
+    }
+    try:
+        callback = getattr(keras.callbacks, name)(**arguments.get(name, {}))
+    except ImportError as error:
+        pytest.skip(f"not installed: {error}")
+    optimizer = keras.optimizers.Adam(0.01, use_ema=True)
+    network(optimizer).fit(X, Y, verbose=0, callbacks=[callback])
+    assert [one for one in stock.ATTRIBUTES[name] if not hasattr(callback, one)] == []
+
+
+def test_data_that_could_not_be_sought_may_be_seekable_later(tmp_path):
+    data = {"x": batches(), "y": None, "steps_per_epoch": STEPS, "shuffle": False}
+    crash(tmp_path, **data)
+    assert train(tmp_path, epochs=4).history.epoch == [0, 1, 2, 3]
+
+
+def test_a_later_fit_is_not_taken_for_one_after_another(tmp_path):
+    def stages(epochs):
+        model, callback = network(kopt.Adam(0.01)), BackupAndRestore(tmp_path)
+        for n in (epochs, 2):
+            model.fit(X, Y, batch_size=8, epochs=n, verbose=0, callbacks=[callback])
+        return int(model.optimizer.iterations)
+
+    assert stages(3) == 5 * STEPS
+    assert stages(3) == 5 * STEPS
+    assert stages(6) == 8 * STEPS
+
+
 # What it refuses
 
 
@@ -330,6 +367,31 @@ def test_other_data_is_refused_in_the_middle_of_an_epoch(tmp_path):
     )
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has one step an execution there")
+def test_an_execution_that_jumps_over_the_batch_is_refused(tmp_path):
+    crash(tmp_path, "on_train_batch_end", 6, backup=BackupAndRestore(tmp_path, save_every_steps=1))
+    model = network(kopt.Adam(0.01), steps_per_execution=3)
+    unlike(tmp_path, "`steps_per_execution` must be a divisor of 2, the batch of the backup", model=model)
+
+
+def test_a_fit_that_begins_elsewhere_is_refused(tmp_path):
+    crash(tmp_path, "on_train_batch_end", 3, backup=BackupAndRestore(tmp_path, save_every_steps=1))
+    with pytest.raises(RuntimeError, match="`fit` begins at epoch 2, but the backup goes on at epoch 0"):
+        train(tmp_path, initial_epoch=2)
+
+
+def test_a_state_that_cannot_be_saved_is_refused_before_the_first_step(tmp_path):
+    class Odd(keras.callbacks.Callback):
+        def get_state(self):
+            return {"model": self.model}
+
+        def set_state(self, state):
+            pass
+
+    with pytest.raises(TypeError, match="callbacks/Odd/own/model"):
+        train(tmp_path, Odd(), Fails("on_train_batch_begin", error=AssertionError))
+
+
 def test_two_backups_are_refused(tmp_path):
     for rival in (keras.callbacks.BackupAndRestore(str(tmp_path / "k")), BackupAndRestore(tmp_path / "b")):
         unlike(tmp_path, "`callbacks` must be a list with one that backs up", callbacks=[rival])
@@ -359,6 +421,16 @@ def test_a_directory_that_cannot_be_written_is_refused_before_the_first_step(whe
         train(tmp_path / where, seen)
 
 
+def test_a_directory_may_be_a_link_and_may_go(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    callback = BackupAndRestore(tmp_path / "link")
+    crash(tmp_path / "link", backup=callback)
+    shutil.rmtree(tmp_path / "there")
+    (tmp_path / "link").unlink()
+    assert train(tmp_path / "link", backup=callback).history.epoch == [0, 1, 2]
+
+
 def test_the_files_are_private(tmp_path):
     train(tmp_path / "new")
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new").iterdir()}
@@ -384,6 +456,19 @@ def test_a_full_disk_leaves_what_was_saved(full, tmp_path):
     full.full = None
     assert [path for path in os.listdir(tmp_path) if path.endswith(".tmp")] == []
     assert equal(everything(train(tmp_path, epochs=9)), everything(train(tmp_path / "at once", epochs=9)))
+
+
+def test_a_save_that_fails_is_not_tried_at_the_next_batch(tmp_path, monkeypatch):
+    tried = []
+
+    def save(self, tree):
+        tried.append((tree["epoch"], tree["step"]))
+        raise OSError("full")
+
+    monkeypatch.setattr(store.Store, "save", save)
+    with pytest.warns(UserWarning, match="Not saved"), pytest.raises(OSError, match="full"):
+        train(tmp_path, backup=BackupAndRestore(tmp_path, None, save_every_steps=2, on_save_error="warn"))
+    assert tried == [(0, 2), (1, 1), (2, 0)]
 
 
 def test_a_full_disk_can_be_warned_of(full, tmp_path):
@@ -462,7 +547,8 @@ def test_what_is_saved_is_numbers(tmp_path):
     train(tmp_path)
     manifest = json.loads(max(tmp_path.glob("*.json")).read_bytes())
     assert manifest["format"] == "kopt.store"
-    assert b"pickle" not in max(tmp_path.glob("*.data")).read_bytes()
+    arrays = max(tmp_path.glob("*.data")).read_bytes()
+    assert len(arrays) == manifest["size"] == 32 + sum(array["bytes"] for array in manifest["arrays"])
 
 
 # Elsewhere

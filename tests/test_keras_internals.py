@@ -1,14 +1,16 @@
-"""What kopt/_keras.py relies on in Keras. A failure here says which private name changed, and where it is used."""
+"""What kopt relies on in Keras, in `_keras.py`, `_step.py` and `_fit.py`. A failure says which private name changed."""
 
 import inspect
+import types
 
 import keras
 import numpy as np
 import pytest
 
 import kopt
+from kopt import _fit
 from tests.conftest import BACKEND
-from tests.training import fit, network
+from tests.training import X, Y, fit, network
 
 KerasOptimizer = keras.optimizers.Optimizer
 
@@ -169,3 +171,34 @@ def test_the_names_of_optimizers_in_files():
 
     for name in ("SGD", "Adam", "AdamW", "RMSprop", "LossScaleOptimizer", "Adam2Bit", "_Own", "MyAdamW3"):
         assert snake_case(name) == to_snake_case(name)
+
+
+def test_what_is_found_in_a_running_fit():
+    """For `_fit.py`: the names that it uses of the frames, the epoch's iterator, its adapter and the model."""
+    found = []
+
+    class Looks(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            found.append(_fit.Fit(self))
+
+    model, looks = network("sgd"), Looks()
+    model.fit(X, Y, batch_size=8, epochs=2, verbose=0, callbacks=[looks])
+    (fit,) = found
+    assert looks in fit.callbacks
+    assert {"_async_train", "callbacks"} <= vars(fit.callback_list).keys()
+    iterator, adapter = fit.epoch_iterator, fit.epoch_iterator.data_adapter
+    own = {"_current_iterator", "_steps_seen", "_num_batches", "steps_per_epoch", "data_adapter"}
+    assert own <= vars(iterator).keys()
+    assert {"_get_iterator", "_enumerate_iterator", "num_batches"} <= set(dir(iterator))
+    assert ({"_distributed_dataset", "_distribute_strategy"} <= vars(iterator).keys()) == (BACKEND == "tensorflow")
+    assert {"_num_samples", "_batch_size", "_shuffle", "_inputs"} <= vars(adapter).keys()
+    assert {"_symbolic_build", "_flatten_layers", "_initial_epoch"} <= set(dir(model))
+    keras.random.normal(())
+    assert len(_fit.global_seeds()) == 1
+
+
+def test_the_first_epoch_is_asked_for_once():
+    model = network("sgd")
+    _fit.Fit.start_at(types.SimpleNamespace(model=model), 2)
+    for expected in ([2], [0, 1, 2]):
+        assert model.fit(X, Y, epochs=3, verbose=0).epoch == expected

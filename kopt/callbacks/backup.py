@@ -8,13 +8,16 @@ import warnings
 
 import keras
 
-from kopt import _fit, checks
+from kopt import _fit, checks, manifest
 from kopt.callbacks import stock, training
 from kopt.callbacks.base import Callback
 from kopt.callbacks.install import settle
 from kopt.store import Store
 
-NOT_SEEKABLE = "the data cannot be put at a position (`kopt.data.seekable` tells how it could)"
+NOT_SEEKABLE = (
+    "the data cannot be put at a position (`kopt.data.seekable` tells how it could; it wants `num_batches` where the "
+    "length is not known)"
+)
 COMPLETED: set[str] = set()  # the directories of the trainings that have ended in this process
 IN_A_ROW = 3  # saves that may fail one after the other with `on_save_error="warn"`
 
@@ -28,12 +31,13 @@ class Run:
     seed: int  # of the order of arrays
     feed: _fit.Feed | None = None  # the data, if it can be put at a position
     tree: dict | None = None  # to go on from, until the first batch
+    sought: bool = False  # whether the data was put at its position
     epoch: int = 0  # this one
     before: int = 0  # steps done in earlier epochs
     step: int = 0  # steps done in this one
-    saved: int = 0  # steps done at the last save
+    saved: int = 0  # steps done at the last save, or the last that failed
     failed: int = 0  # saves that failed in a row
-    constants: tuple[str, ...] = ()  # weights that were not finite before training, such as masks
+    constants: list[str] = dataclasses.field(default_factory=list)  # weights not finite before training: masks
 
 
 class BackupAndRestore(Callback):
@@ -47,7 +51,9 @@ class BackupAndRestore(Callback):
 
     When `fit` is over the last state stays: a second run of the program finds the training complete, and with more
     `epochs` goes on. Use one directory for one run. A callback that is given to several `fit`s, one after the other,
-    saves the later ones in `fit-2`, `fit-3`, ... of its directory.
+    saves the later ones in `fit-2`, `fit-3`, ... of its directory. Another callback in the same process is refused a
+    directory where a training has been completed. What a callback has stopped by `stop_training` stays stopped; to end
+    for a time limit and go on later, raise `KeyboardInterrupt` instead.
 
     What it cannot see it cannot save: what a function given to `LambdaCallback` or `LearningRateScheduler` remembers,
     and files that other callbacks write (`CSVLogger` needs `append=True` to go on). An optimizer beside the compiled
@@ -110,7 +116,7 @@ class BackupAndRestore(Callback):
         self.on_save_error = checks.one_of("raise", "warn")("on_save_error", on_save_error)
         self.delete_checkpoint = checks.boolean("delete_checkpoint", delete_checkpoint)
         self.verbose = checks.count(0)("verbose", verbose)
-        self.fits = 0  # how many `fit`s this callback has seen to their end
+        self.ends: list[int] = []  # the last epochs of the `fit`s that this callback has seen to their end
         self.run = None  # what belongs to the running `fit`
         self.async_safe = save_every_steps is None  # let JAX go on while the hook of a batch, which does nothing, runs
 
@@ -123,9 +129,12 @@ class BackupAndRestore(Callback):
         settle(self.model)
         store = self.run.store if self.run else Store(self._place(), self.keep)
         store.open()
-        self.run = Run(fit, store, random.randrange(2**31), constants=tuple(training.nonfinite(self.model)))
+        self.run = Run(fit, store, random.randrange(2**31), constants=training.nonfinite(training.weights(self.model)))
         loaded = store.load()
         tree = loaded and loaded.tree
+        if tree and tree["after"] != self.ends:
+            self._say("begins anew: the `fit` before this one ended at another epoch than it did then")
+            tree = None
         if tree:
             self.run.seed = tree["data"]["seed"]
         self.run.feed = fit.feed(self.run.seed)
@@ -139,6 +148,7 @@ class BackupAndRestore(Callback):
             self._say("cannot keep the rows of a CSVLogger without `append=True`, which begins its file anew")
         if late := [optimizer.name for optimizer in _fit.optimizers_of(self.model) if not optimizer.built]:
             self._say(f"cannot be exact to the last bit unless {', '.join(late)} is built before `fit`")
+        manifest.encode(training.states(fit.callbacks), ("callbacks",), {})  # what cannot be saved is refused now
         if tree:
             self._resume(tree)
 
@@ -152,7 +162,7 @@ class BackupAndRestore(Callback):
 
     def _place(self) -> str:
         """The directory of this `fit`: each has its own, so that a program of several finds the end of each again."""
-        return os.path.join(self.directory, f"fit-{self.fits + 1}") if self.fits else self.directory
+        return os.path.join(self.directory, f"fit-{len(self.ends) + 1}") if self.ends else self.directory
 
     def _resume(self, tree) -> None:
         """Go on from a backup: at once, and again after the hooks that begin an epoch if it was made within one."""
@@ -175,14 +185,15 @@ class BackupAndRestore(Callback):
         self._say(f"goes on at epoch {run.epoch + 1} of {epochs}{batch}, from {where}{'' if run.feed else inexact}")
         run.fit.start_at(run.epoch)
         run.tree = tree
-        if run.feed and tree["data"]["position"]:
+        run.sought = bool(run.feed and tree["data"]["position"])
+        if run.sought:
             run.feed.seek(tree["data"]["position"], run.step, self._settle)
 
     def _check_position(self, tree) -> None:
         step, batches, spe = tree["step"], self.run.fit.num_batches, self.model.steps_per_execution
         if step and self.run.feed is None:
             raise ValueError(f"The backup is of batch {step} of an epoch, but {NOT_SEEKABLE}.")
-        if step and tree["data"]["batches"] != batches:
+        if (step or (tree["data"]["position"] or [0, 0])[1]) and tree["data"]["batches"] != batches:
             was = tree["data"]["batches"]
             raise ValueError(f"The backup is of batch {step} of {was}, but an epoch of this data has {batches}.")
         if step and step % spe:
@@ -200,7 +211,7 @@ class BackupAndRestore(Callback):
             if epoch != run.tree["epoch"]:
                 there = run.tree["epoch"]
                 raise RuntimeError(f"`fit` begins at epoch {epoch}, but the backup goes on at epoch {there}.")
-            if run.feed is None:
+            if not run.sought:
                 run.tree = None
         else:
             run.step = 0
@@ -211,9 +222,8 @@ class BackupAndRestore(Callback):
             return
         run, batches = self.run, self.run.fit.num_batches
         run.step = min(batch + 1, batches or batch + 1)
-        at_end = run.step == batches or self.model.stop_training  # the end of the epoch saves
-        if run.feed and not at_end and self._is_due():
-            self._save(run.epoch, run.step)
+        if run.feed and run.step != batches and self._is_due() and not self.model.stop_training:
+            self._save(run.epoch, run.step)  # where the epoch ends, its end saves
 
     def _is_due(self) -> bool:
         done, every = self.run.before + self.run.step, self.save_every_steps
@@ -229,11 +239,13 @@ class BackupAndRestore(Callback):
 
     def _save(self, epoch, step, stopped=False) -> None:
         run = self.run
+        run.saved = run.before + run.step
         tree = training.collect(self.model, run.fit.callbacks, within_epoch=bool(step)) | {
             "epoch": epoch,
             "step": step,
             "before": run.before,
             "stopped": bool(stopped),
+            "after": self.ends,
             "data": {
                 "seed": run.seed,
                 "batches": run.fit.num_batches,
@@ -241,7 +253,7 @@ class BackupAndRestore(Callback):
             },
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        if bad := [name for name in training.nonfinite(self.model) if name not in run.constants]:
+        if bad := [name.split(":", 1)[1] for name in training.nonfinite(tree["weights"]) if name not in run.constants]:
             warnings.warn(f"Not saved at epoch {epoch}, step {step}: {', '.join(bad[:3])} not finite.", stacklevel=2)
             return
         try:
@@ -252,18 +264,20 @@ class BackupAndRestore(Callback):
                 raise
             warnings.warn(f"Not saved at epoch {epoch}, step {step}: {error}", stacklevel=2)
             return
-        run.failed, run.saved = 0, run.before + run.step
+        run.failed = 0
         self._say(f"saved epoch {epoch}, step {step} as {number} in {run.store.directory}", 2)
 
     def on_train_end(self, logs=None):
         run, self.run = self.run, None
-        self.fits += 1
+        self.ends.append(run.epoch)
         COMPLETED.add(run.store.directory)
         if run.feed:
             run.feed.end()
-        if self.delete_checkpoint:
-            run.store.clear()
-        run.store.close()
+        try:
+            if self.delete_checkpoint:
+                run.store.clear()
+        finally:
+            run.store.close()
 
     def _say(self, text, least=1) -> None:
         if self.verbose >= least and self.params.get("verbose", 1) != 0:

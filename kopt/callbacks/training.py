@@ -12,16 +12,16 @@ from kopt.callbacks import stock
 def collect(model, callbacks, within_epoch) -> dict:
     """Everything that decides how the training goes on, but for the position in the data."""
     return {
-        "weights": _arrays(_fit.variables_of(model)),
+        "weights": weights(model),
         "optimizers": [_optimizer(optimizer, model) for optimizer in _fit.optimizers_of(model)],
         "metrics": _arrays(model.metrics_variables) if within_epoch else {},
-        "callbacks": {key: stock.get_state(callback) for key, callback in keyed(callbacks).items()},
+        "callbacks": states(callbacks),
         "random": random_state(),
     }
 
 
 def restore(model, callbacks, tree) -> None:
-    """Put back what `collect` found. Nothing is changed if something does not fit."""
+    """Put back what `collect` found. Nothing is changed if a variable or the list of callbacks does not fit."""
     optimizers = _fit.optimizers_of(model)
     _build(optimizers, model, tree["optimizers"])
     pairs = [(_fit.variables_of(model), tree["weights"], "weights")]
@@ -49,11 +49,18 @@ def restore(model, callbacks, tree) -> None:
     set_random_state(tree["random"])
 
 
-def nonfinite(model) -> list[str]:
-    """The weights that are not finite."""
-    floats = [variable for variable in _fit.variables_of(model) if "float" in _keras.dtype_of(variable)]
-    arrays = {_keras.path_of(variable): _keras.to_numpy(variable).astype("float64") for variable in floats}
-    return [path for path, array in arrays.items() if not np.isfinite(array).all()]
+def weights(model) -> dict[str, np.ndarray]:
+    return _arrays(_fit.variables_of(model))
+
+
+def states(callbacks) -> dict:
+    return {key: stock.get_state(callback) for key, callback in keyed(callbacks).items()}
+
+
+def nonfinite(arrays) -> list[str]:
+    """The names of the arrays that are not finite."""
+    floats = {name: array for name, array in arrays.items() if "float" in array.dtype.name}
+    return [name for name, array in floats.items() if not np.isfinite(array.astype("float64")).all()]
 
 
 def keyed(callbacks) -> dict:
