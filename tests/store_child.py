@@ -12,10 +12,11 @@ import types
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-package = types.ModuleType("kopt")
-package.__path__ = [str(ROOT / "kopt")]
-sys.modules["kopt"] = package
-sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":
+    package = types.ModuleType("kopt")
+    package.__path__ = [str(ROOT / "kopt")]
+    sys.modules["kopt"] = package
+    sys.path.insert(0, str(ROOT))
 
 from kopt.store import Store  # noqa: E402
 from tests.disks import Killer, Quick, same, tree  # noqa: E402
