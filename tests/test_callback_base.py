@@ -130,10 +130,13 @@ every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIM
 WAYS = [{"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}, {"steps_per_execution": 3}]
 if BACKEND == "torch":
     WAYS = [{}]
+every_way = pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=pytest.mark.slow if way.get("jit_compile") else (), id=str(way)) for way in WAYS]
+)
 
 
 @every_optimizer
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@every_way
 def test_the_mean_is_that_of_the_weights_after_each_update(make, way):
     x = X.copy()
     x[9] = np.nan if make is OPTIMIZERS["kopt skips"] else x[9]
@@ -165,7 +168,7 @@ def test_distributed_on_jax():
 
 
 @pytest.mark.parametrize("make", [OPTIMIZERS["stock"], OPTIMIZERS["kopt"], multi])
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@every_way
 def test_a_model_that_is_not_built(make, way):
     def lazy(**way):
         model = keras.Sequential([keras.layers.Dense(3, name="body"), keras.layers.Dense(2, name="head")])
@@ -392,8 +395,15 @@ assert "kopt" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("make", [OPTIMIZERS["stock"], OPTIMIZERS["scaled"],
-    lambda: Multi(Map(keras.optimizers.Adam(0.1), {".*head.*": keras.optimizers.SGD(0.1, momentum=0.9)}))])  # fmt: skip
+def stock_multi():
+    return Multi(Map(keras.optimizers.Adam(0.1), {".*head.*": keras.optimizers.SGD(0.1, momentum=0.9)}))
+
+
+@pytest.mark.parametrize("make", [
+    OPTIMIZERS["stock"],
+    pytest.param(OPTIMIZERS["scaled"], marks=pytest.mark.slow),
+    pytest.param(stock_multi, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_files_load_where_kopt_is_not_known(make, tmp_path):
     model, states = network(make()), []
     save = keras.callbacks.ModelCheckpoint(tmp_path / "mid.keras", save_freq="epoch")

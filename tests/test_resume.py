@@ -97,6 +97,7 @@ POINTS = {  # an operation of the disk, counted from the opening, which writes a
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the store is the same on all backends")
 def test_killed_at_every_kind_of_moment(trainings, tmp_path):
     """One training, killed at one point after the other."""
