@@ -87,11 +87,12 @@ def random_state() -> dict:
 
 def set_random_state(state) -> None:
     python = state["python"]
+    seeds = _fit.make_global_seeds() if state["keras"] else []  # draws from Python's state where there is none yet
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     if state["numpy"]:
         np.random.set_state(state["numpy"])
     backends.set_random_state(state["backend"])
-    for variable, value in zip(_fit.make_global_seeds() if state["keras"] else [], state["keras"], strict=True):
+    for variable, value in zip(seeds, state["keras"], strict=True):
         variable.assign(value)
 
 
