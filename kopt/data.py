@@ -5,7 +5,8 @@ import itertools
 import keras
 import numpy as np
 
-from kopt import _fit, backends, checks
+from kopt import backends, checks
+from kopt._keras import passes
 
 LOOK = 4  # batches that are compared, to see whether a dataset is the same when it is read again
 
@@ -67,14 +68,14 @@ def seekable(source, *, num_batches=None, shuffle=False, seed=0):
     def rest(n, start):
         data = make(n)
         if not isinstance(data, keras.utils.PyDataset):
-            return _fit.adapted(data.skip(start) if start else data)
+            return passes.adapted(data.skip(start) if start else data)
         count = data.num_batches
         order = range(count) if count else None
         if shuffle and count:
             order = np.random.default_rng([seed, n]).permutation(count)
-        return _fit.adapted(_Part(data, order, start))
+        return passes.adapted(_Part(data, order, start))
 
-    return _fit.Passes(rest, num_batches or _fit.adapted(first).num_batches)
+    return passes.Passes(rest, num_batches or passes.adapted(first).num_batches)
 
 
 class _Part(keras.utils.PyDataset):
@@ -124,7 +125,7 @@ def _first_batches(data) -> list:
     if isinstance(data, keras.utils.PyDataset):
         batches = [data[0]]
     else:
-        batches = list(itertools.islice(_fit.adapted(data).get_numpy_iterator(), LOOK))
+        batches = list(itertools.islice(passes.adapted(data).get_numpy_iterator(), LOOK))
     return [np.asarray(part) for part in keras.tree.flatten(batches) if part is not None]
 
 

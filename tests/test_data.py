@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import kopt
-from kopt import _fit
+from kopt._keras import passes
 from tests.conftest import BACKEND
 
 ROWS = 10
@@ -32,8 +32,8 @@ def pairs(size=1):
 
 def arrays(shuffle, x=None):
     x = np.arange(ROWS).reshape(ROWS, 1) if x is None else x
-    adapter = _fit.ArrayDataAdapter(x, x, batch_size=3, shuffle=shuffle)
-    return _fit.ordered_arrays(adapter, seed=5)
+    adapter = passes.ArrayDataAdapter(x, x, batch_size=3, shuffle=shuffle)
+    return passes.ordered_arrays(adapter, seed=5)
 
 
 WAYS = {

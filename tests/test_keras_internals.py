@@ -1,4 +1,4 @@
-"""What kopt relies on in Keras, in `_keras.py`, `_step.py` and `_fit.py`. A failure says which private name changed."""
+"""What kopt relies on in Keras, in `_keras/`. A failure says which private name changed."""
 
 import inspect
 import types
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import kopt
-from kopt import _fit
+from kopt import _keras
+from kopt._keras import running
 from tests.conftest import BACKEND
 from tests.training import X, Y, fit, network
 
@@ -95,7 +96,7 @@ def test_the_class_of_values_that_are_not_there_yet():
 
 
 def test_what_a_part_of_a_step_needs():
-    """For `_step.Step`: what is tracked goes to the list that the tracker knows; nothing else holds a list of them."""
+    """For `stepping.Step`: what is tracked goes to the list that the tracker knows; nothing else holds one of them."""
     optimizer = keras.optimizers.SGD()
     optimizer.build([keras.Variable(np.ones(2))])
     is_kept, kept = optimizer._tracker.config["variables"]
@@ -112,7 +113,7 @@ def test_what_a_part_of_a_step_needs():
 
 
 def test_the_list_of_variables_still_cannot_be_saved_by_tensorflow_once_something_was_taken_out(tmp_path):
-    """The reason for the other list in `_step.Step`; when this fails, `_untrack_variable` will do."""
+    """The reason for the other list in `stepping.Step`; when this fails, `_untrack_variable` will do."""
     if BACKEND != "tensorflow":
         pytest.skip("TensorFlow's checkpoints")
     import tensorflow as tf
@@ -174,12 +175,12 @@ def test_the_names_of_optimizers_in_files():
 
 
 def test_what_is_found_in_a_running_fit():
-    """For `_fit.py`: the names that it uses of the frames, the epoch's iterator, its adapter and the model."""
+    """For `running.py` and `passes.py`: their names of the frames, the epoch's iterator, its adapter and the model."""
     found = []
 
     class Looks(keras.callbacks.Callback):
         def on_train_begin(self, logs=None):
-            found.append(_fit.Fit(self))
+            found.append(running.Fit(self))
 
     model, looks = network("sgd"), Looks()
     model.fit(X, Y, batch_size=8, epochs=2, verbose=0, callbacks=[looks])
@@ -194,11 +195,11 @@ def test_what_is_found_in_a_running_fit():
     assert {"_num_samples", "_batch_size", "_shuffle", "_inputs"} <= vars(adapter).keys()
     assert {"_symbolic_build", "_flatten_layers", "_initial_epoch"} <= set(dir(model))
     keras.random.normal(())
-    assert len(_fit.global_seeds()) == 1
+    assert len(_keras.global_seeds()) == 1
 
 
 def test_the_first_epoch_is_asked_for_once():
     model = network("sgd")
-    _fit.Fit.start_at(types.SimpleNamespace(model=model), 2)
+    running.Fit.start_at(types.SimpleNamespace(model=model), 2)
     for expected in ([2], [0, 1, 2]):
         assert model.fit(X, Y, epochs=3, verbose=0).epoch == expected

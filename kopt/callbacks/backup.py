@@ -8,7 +8,8 @@ import warnings
 
 import keras
 
-from kopt import _fit, checks, manifest
+from kopt import _keras, checks, manifest
+from kopt._keras import running
 from kopt.callbacks import stock, training
 from kopt.callbacks.base import Callback
 from kopt.callbacks.install import settle
@@ -26,10 +27,10 @@ IN_A_ROW = 3  # saves that may fail one after the other with `on_save_error="war
 class Run:
     """The `fit` that is running."""
 
-    fit: _fit.Fit
+    fit: running.Fit
     store: Store
     seed: int  # of the order of arrays
-    feed: _fit.Feed | None = None  # the data, if it can be put at a position
+    feed: running.Feed | None = None  # the data, if it can be put at a position
     tree: dict | None = None  # to go on from, until the first batch
     sought: bool = False  # whether the data was put at its position
     epoch: int = 0  # this one
@@ -121,7 +122,7 @@ class BackupAndRestore(Callback):
         self.async_safe = save_every_steps is None  # let JAX go on while the hook of a batch, which does nothing, runs
 
     def on_train_begin(self, logs=None):
-        fit = _fit.Fit(self)
+        fit = running.Fit(self)
         self._check(fit)
         if not fit.move_last(self):
             return  # and be called again, after all others
@@ -146,7 +147,7 @@ class BackupAndRestore(Callback):
             self._say(f"does not save what {', '.join(forgotten)} may hold: no `get_state()` and `set_state(state)`")
         if any(isinstance(c, keras.callbacks.CSVLogger) and not c.append for c in fit.callbacks):
             self._say("cannot keep the rows of a CSVLogger without `append=True`, which begins its file anew")
-        if late := [optimizer.name for optimizer in _fit.optimizers_of(self.model) if not optimizer.built]:
+        if late := [optimizer.name for optimizer in _keras.optimizers_of(self.model) if not optimizer.built]:
             self._say(f"cannot be exact to the last bit unless {', '.join(late)} is built before `fit`")
         manifest.encode(training.states(fit.callbacks), ("callbacks",), {})  # what cannot be saved is refused now
         if tree:

@@ -8,7 +8,8 @@ import copy
 
 import keras
 
-from kopt import _step, checks
+from kopt import checks
+from kopt._keras import stepping
 from kopt.callbacks.install import Installation
 
 
@@ -91,7 +92,7 @@ class InStep(Callback):
 
     def add_slot(self, optimizer, reference, name, initializer="zeros", dtype=None):
         """A variable in the optimizer like one of the model, to be called in `install`."""
-        return _step.add_slot(optimizer, reference, name, initializer, dtype)
+        return stepping.add_slot(optimizer, reference, name, initializer, dtype)
 
     def set_model(self, model):
         super().set_model(model)

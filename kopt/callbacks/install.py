@@ -1,6 +1,7 @@
 """How callbacks get into the compiled step when `fit` begins, and out of it when it ends."""
 
-from kopt import _step, checks
+from kopt import checks
+from kopt._keras import stepping
 
 
 class Installation:
@@ -12,7 +13,7 @@ class Installation:
 
     def __init__(self, model):
         self.model, self.make = model, model.make_train_function
-        self.put_back = _step.stand_in(model, "make_train_function", self)
+        self.put_back = stepping.stand_in(model, "make_train_function", self)
         self.announced: list[tuple] = []  # pairs of a part and the history at the time
         self.parts, self.steps, self.history = [], [], None
         self.undo = []  # what takes back what was put into the optimizer, beside the steps
@@ -61,7 +62,7 @@ class Installation:
             self.announced = []
             names = ", ".join(part.name for part in parts)
             checks.refuse("optimizer", f"one of Keras or kopt in `compile`, for {names}", optimizer)
-        left = [part for step in map(_step.Step.of, _step.updating(optimizer)) if step for part in step.parts]
+        left = [part for step in map(stepping.Step.of, stepping.updating(optimizer)) if step for part in step.parts]
         for part in [*self.parts, *left, *parts]:
             if part._training:
                 part._training.remove(part)
@@ -85,16 +86,16 @@ class Installation:
     def settle(self) -> None:
         """Install the parts, once the optimizer can be built."""
         model, optimizer = self.model, self.model.optimizer
-        if not optimizer.built and not _step.has_all_weights(model):
+        if not optimizer.built and not stepping.has_all_weights(model):
             if not self.undo:
-                self.undo = [_step.before_first_step(optimizer, model, self.settle)]
+                self.undo = [stepping.before_first_step(optimizer, model, self.settle)]
             return
         if not optimizer.built:
-            with _step.where_made(optimizer):
+            with stepping.where_made(optimizer):
                 optimizer.build(model.trainable_variables)
         self.take_back()
-        self.steps = [_step.Step.of(one) or _step.Step(one) for one in _step.updating(optimizer)]
-        self.undo = [_step.hide_in_files(optimizer, self.steps)]
+        self.steps = [stepping.Step.of(one) or stepping.Step(one) for one in stepping.updating(optimizer)]
+        self.undo = [stepping.hide_in_files(optimizer, self.steps)]
         for part in self.parts:
             for step in self.steps:
                 if not any(part is other for other in step.parts):

@@ -5,7 +5,8 @@ import re
 
 import numpy as np
 
-from kopt import _fit, _keras, backends
+from kopt import _keras, backends
+from kopt._keras import stepping
 from kopt.callbacks import stock
 
 
@@ -13,7 +14,7 @@ def collect(model, callbacks, within_epoch) -> dict:
     """Everything that decides how the training goes on, but for the position in the data."""
     return {
         "weights": weights(model),
-        "optimizers": [_optimizer(optimizer, model) for optimizer in _fit.optimizers_of(model)],
+        "optimizers": [_optimizer(optimizer, model) for optimizer in _keras.optimizers_of(model)],
         "metrics": _arrays(model.metrics_variables) if within_epoch else {},
         "callbacks": states(callbacks),
         "random": random_state(),
@@ -22,9 +23,9 @@ def collect(model, callbacks, within_epoch) -> dict:
 
 def restore(model, callbacks, tree) -> None:
     """Put back what `collect` found. Nothing is changed if a variable or the list of callbacks does not fit."""
-    optimizers = _fit.optimizers_of(model)
+    optimizers = _keras.optimizers_of(model)
     _build(optimizers, model, tree["optimizers"])
-    pairs = [(_fit.variables_of(model), tree["weights"], "weights")]
+    pairs = [(_keras.variables_of(model), tree["weights"], "weights")]
     pairs += [
         (one.variables, saved["state"], "optimizer") for one, saved in zip(optimizers, tree["optimizers"], strict=False)
     ]
@@ -50,7 +51,7 @@ def restore(model, callbacks, tree) -> None:
 
 
 def weights(model) -> dict[str, np.ndarray]:
-    return _arrays(_fit.variables_of(model))
+    return _arrays(_keras.variables_of(model))
 
 
 def states(callbacks) -> dict:
@@ -81,13 +82,13 @@ def random_state() -> dict:
         "python": {"version": version, "words": np.array(words, "uint64"), "gauss": gauss},
         "numpy": numpy if numpy["bit_generator"] == "MT19937" else None,
         "backend": backends.random_state(),
-        "keras": [_keras.to_numpy(seed) for seed in _fit.global_seeds()],
+        "keras": [_keras.to_numpy(seed) for seed in _keras.global_seeds()],
     }
 
 
 def set_random_state(state) -> None:
     python = state["python"]
-    seeds = _fit.make_global_seeds() if state["keras"] else []  # draws from Python's state where there is none yet
+    seeds = _keras.make_global_seeds() if state["keras"] else []  # draws from Python's state where there is none yet
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
     if state["numpy"]:
         np.random.set_state(state["numpy"])
@@ -105,7 +106,7 @@ def _arrays(variables) -> dict[str, np.ndarray]:
 def _optimizer(optimizer, model) -> dict:
     """Its state, and the places of the variables that it trains, for one that is built in the first step."""
     places = {id(variable): place for place, variable in enumerate(model.trainable_variables)}
-    trained = [places.get(id(variable)) for variable in _fit.trained_by(optimizer)]
+    trained = [places.get(id(variable)) for variable in stepping.trained_by(optimizer)]
     return {"state": _arrays(optimizer.variables), "trains": np.array(trained) if None not in trained else None}
 
 

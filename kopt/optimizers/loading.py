@@ -11,7 +11,8 @@ from functools import partial
 
 import keras
 
-from kopt import _keras, _step, checks, keras_files
+from kopt import _keras, checks, keras_files
+from kopt._keras import stepping
 from kopt.optimizers import state
 
 
@@ -53,13 +54,13 @@ def load_optimizer(model, path) -> list[str]:
         checks.refuse("model", "compiled with an optimizer", model)
     with keras_files.opened(path) as file:
         if not optimizer.built:
-            if not _step.has_all_weights(model):
+            if not stepping.has_all_weights(model):
                 checks.refuse("model", "built: call it once, or give it an `Input`", model.name)
-            with _step.where_made(optimizer):
+            with stepping.where_made(optimizer):
                 optimizer.build(model.trainable_variables)
         if _keras.is_away(optimizer.iterations):
             checks.refuse("model", "`self.model` in a callback, which fetches the state from the step", model.name)
-        with _step.without_parts(optimizer):
+        with stepping.without_parts(optimizer):
             found = [_fitted(one, place, file, path) for one, place in _places(optimizer, "optimizer")]
         for assign, _ in found:
             assign()
@@ -95,7 +96,7 @@ def _fitted(optimizer, place, file, path):
         own = state.named_variables(optimizer)
         kept, faults = _by_name(optimizer, own, entries)
     else:
-        own = dict(enumerate(_step.own_variables(optimizer)))
+        own = dict(enumerate(stepping.own_variables(optimizer)))
         kept = {key: entries[key] for key in map(str, own) if key in entries}
         faults = _misfits(own, {int(key): entry for key, entry in kept.items()})
     if faults:
@@ -104,7 +105,7 @@ def _fitted(optimizer, place, file, path):
             f"{'; '.join(faults[:6])}. It must be of the same model and the same kind of optimizer."
         )
     arrays = {key: keras_files.array(entry) for key, entry in kept.items()}
-    is_whole = optimizer in _step.updating(optimizer)  # a wrapper's place holds what is within it once more
+    is_whole = optimizer in stepping.updating(optimizer)  # a wrapper's place holds what is within it once more
     left = [f"{place}/vars/{key}" for key in sorted(entries.keys() - kept.keys(), key=_number)] if is_whole else []
     if isinstance(optimizer, _keras.OptimizerBridge):
         return partial(optimizer.load_own_variables, arrays), left

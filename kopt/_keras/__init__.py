@@ -1,12 +1,15 @@
-"""The only file that reaches into Keras: the bridge from Keras's optimizer to kopt's, and small helpers.
+"""The only room that reaches into Keras. Here: the bridge from Keras's optimizer to kopt's, and small helpers.
 
 Every private name used here has a test in `tests/test_keras_internals.py` that fails when Keras changes it.
 """
 
 import contextlib
+import sys
 
 import keras
 import numpy as np
+from keras.src.backend.common import global_state
+from keras.src.random import seed_generator
 
 from kopt import backends, checks
 
@@ -165,3 +168,56 @@ class OptimizerBridge(keras.optimizers.Optimizer):
 def path_of(variable) -> str:
     """The path of a Keras variable; the name of a `tf.Variable`, which has no path."""
     return getattr(variable, "path", variable.name)
+
+
+def variables_of(model) -> list:
+    """All that a model keeps: what it lists, and what layers hold beside that, such as the states of a stateful RNN."""
+    listed = [*model.variables, *model.metrics_variables]
+    known = {id(variable) for variable in listed}
+    others = [
+        getattr(value, "state", value) if isinstance(value, keras.random.SeedGenerator) else value
+        for value in _held(model)
+    ]
+    others = {id(value): value for value in others if isinstance(value, keras.Variable)}
+    return [*model.variables, *(variable for key, variable in others.items() if key not in known)]
+
+
+def optimizers_of(model) -> list:
+    """The optimizer that the model was compiled with, and others that it or a layer holds for a step of its own."""
+    found = [model.optimizer, *(value for value in _held(model) if isinstance(value, keras.optimizers.Optimizer))]
+    return list({id(optimizer): optimizer for optimizer in found}.values())
+
+
+def _held(model):
+    """What the attributes of a model, its layers and its losses hold."""
+    for layer in [
+        *model._flatten_layers(),
+        *(loss for loss in keras.tree.flatten(model.loss) if hasattr(loss, "call")),
+    ]:
+        values, seen = list(vars(layer).values())[::-1], set()
+        while values:
+            value = values.pop()
+            inner = list(value.values()) if isinstance(value, dict) else value
+            if not isinstance(inner, (list, tuple)):
+                yield value
+            elif id(value) not in seen and inner and not isinstance(inner[0], (str, int, float)):
+                seen.add(id(value))
+                values.extend(reversed(inner))
+
+
+def global_seeds() -> list:
+    """The variable of the generator that Keras draws from where no seed is given, if it was used."""
+    generator = global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
+    return [] if generator is None else [generator.state]
+
+
+def make_global_seeds() -> list:
+    return [seed_generator.global_seed_generator().state]
+
+
+def frames():
+    """The frames of the callers, innermost first."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -1,4 +1,4 @@
-"""What callbacks have in an optimizer's step for the length of a fit. Reaches into Keras, like `_keras.py`."""
+"""What callbacks have in an optimizer's step for the length of a fit."""
 
 import contextlib
 
