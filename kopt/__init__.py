@@ -2,6 +2,8 @@
 
 from kopt import callbacks as callbacks
 from kopt import data as data
+from kopt import plot as plot
+from kopt import schedules as schedules
 from kopt.numerics import exponentially_weighted_average as exponentially_weighted_average
 from kopt.optimizers.adagrad import Adagrad as Adagrad
 from kopt.optimizers.adam import Adam as Adam

@@ -44,11 +44,25 @@ def number(variable, dtype):
         return variable
     tensor = variable.value if isinstance(variable, keras.Variable) else ops.convert_to_tensor(variable)
     if tensor.is_inference():  # its writes are not counted
-        return tensor.item()
+        return tensor.tolist()
     known = _numbers.get(id(tensor))
     if known is None or known[0]() is not tensor or known[1] != tensor._version:
-        return _note(tensor, tensor.item())
+        return _note(tensor, tensor.tolist())
     return known[2]
+
+
+def numbers(variable, dtype) -> list:
+    """The same for the entries of a vector."""
+    value = number(variable, dtype)
+    return value if BACKEND == "torch" else [value[i] for i in range(value.shape[0])]
+
+
+def set_number(variable, value) -> None:
+    """Assign to a scalar variable; on torch the number is known from then on, without asking the device."""
+    variable.assign(value)
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    if BACKEND == "torch" and dtype in ("float32", "float64", "int32") and not variable.value.is_inference():
+        _note(variable.value, np.asarray(value, dtype).item())
 
 
 def apart(values, inputs) -> list:

@@ -63,6 +63,8 @@ nonnegative = _range("a finite number of 0 or more", lambda x: x >= 0)
 finite = _range("a finite number", lambda x: True)
 window = _range("a number of 1 or more, below 2**53", lambda x: 1 <= x < 2**53)
 fraction = _range("a number in [0, 1)", lambda x: 0 <= x < 1)
+share = _range("a number in (0, 1]", lambda x: 0 < x <= 1)
+inner = _range("a number in (0, 1)", lambda x: 0 < x < 1)
 closed_fraction = _range("a number in [0, 1]", lambda x: 0 <= x <= 1)
 
 
@@ -103,6 +105,12 @@ def count(least: int) -> Check:
     return check
 
 
+def epochs(name: str, value: Any) -> float:
+    """A length of time in epochs, an integer where it is whole."""
+    number = _range("a number of epochs greater than 0, below 2**31", lambda x: 0 < x < 2**31)(name, value)
+    return int(number) if number == int(number) else number
+
+
 def one_of(*options: str) -> Check:
     def check(name: str, value: Any) -> str:
         if not isinstance(value, str) or value not in options:
@@ -122,9 +130,25 @@ def listed(name: str, value: Any) -> list:
     return list(value)
 
 
+def several(check: Check, what: str) -> Check:
+    """A list of at least one, each of which is right."""
+
+    def judge(name: str, value: Any) -> list:
+        if not isinstance(value, (list, tuple, np.ndarray)) or getattr(value, "ndim", 1) == 0 or not len(value):
+            refuse(name, what, value)
+        try:
+            return [check(name, item) for item in value]
+        except ValueError:
+            return refuse(name, what, value)
+
+    return judge
+
+
 def learning_rate(name: str, value: Any) -> Any:
     """A number of 0 or more, a schedule, or a callable without arguments."""
     allowed = "a finite number of 0 or more, a LearningRateSchedule, or a callable that takes no argument"
+    if not getattr(value, "stands_alone", True):
+        refuse(name, f"{allowed}; a factor of a learning rate becomes one with `initial=`", value)
     if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
         return value
     if callable(value) and not isinstance(value, (type, keras.layers.Layer)) and not _needs_arguments(value):

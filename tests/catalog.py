@@ -3,10 +3,17 @@
 A test body names no algorithm: what is particular to one stands in its row.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+
+import keras
+import numpy as np
 
 import kopt
+import kopt.callbacks as kc
+import kopt.schedules as ks
 from kopt.optimizers.rule import KERNELS
 from tests import oracles
 from tests.conftest import BACKEND
@@ -223,6 +230,333 @@ OPTIMIZERS = [
     ),
 ]
 
+
+@dataclass(frozen=True)
+class Timed:
+    """A schedule, the callback of the same name, and what proves both."""
+
+    name: str
+    cls: type
+    arguments: dict
+    oracle: Callable  # (t, batches, total) -> factor
+    borders: tuple[int, ...] = ()  # the steps at which something changes, where an epoch has BATCHES
+    counts_epochs: bool = False
+    is_open: bool = False
+    initial: str = "initial"  # what the argument is called that makes a value of the factor
+    callback: Callable | None = None
+    reference: Callable | None = None  # (steps) -> the same factors by torch, optax or Keras
+    without: str = ""  # why there is no reference
+
+    def make(self, **more):
+        return self.cls(**{**self.arguments, **more})
+
+    def by_itself(self, value=1.0):
+        """With a value of its own."""
+        return self.make(**{self.initial: value})
+
+    def values(self, steps, total):
+        return np.array([self.oracle(int(t), BATCHES, total) for t in steps])
+
+    def __str__(self):
+        return self.name
+
+
+BATCHES, EPOCHS = 5, 4  # of the fits that schedules are tried in
+STEPS = BATCHES * EPOCHS
+
+
+def torch_rates(make, steps, momentum=False):
+    import torch
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))], 1.0, momentum=0.95)
+    scheduler, rates = make(torch.optim.lr_scheduler)(optimizer), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["momentum" if momentum else "lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def by_torch(make):
+    return lambda steps: torch_rates(make, steps)
+
+
+def by_optax(make):
+    def rates(steps):
+        import optax
+
+        schedule = make(optax)
+        return [float(schedule(t)) for t in range(steps)]
+
+    return rates
+
+
+def by_keras(make):
+    def rates(steps):
+        schedule = make(keras.optimizers.schedules)
+        return [float(schedule(t)) for t in range(steps)]
+
+    return rates
+
+
+SCHEDULES = [
+    Timed("constant", ks.Constant, {"factor": 0.5}, lambda *_: 0.5, without="nothing to compare"),
+    Timed(
+        "step-decay",
+        ks.StepDecay,
+        {"factor": 0.5, "every_epochs": 2},
+        partial(oracles.step_decay, factor=0.5, every=10),
+        (10, 20),
+        counts_epochs=True,
+        callback=kc.StepDecay,
+        reference=by_torch(lambda s: lambda o: s.StepLR(o, 10, 0.5)),
+    ),
+    Timed(
+        "step-decay-steps",
+        ks.StepDecay,
+        {"factor": 0.7, "every_steps": 3},
+        partial(oracles.step_decay, factor=0.7, every=3),
+        (3, 6),
+        callback=kc.StepDecay,
+        reference=by_torch(lambda s: lambda o: s.StepLR(o, 3, 0.7)),
+    ),
+    Timed(
+        "exponential",
+        ks.ExponentialDecay,
+        {"rate": 0.3},
+        partial(oracles.exponential, rate=0.3, per="epoch"),
+        (5, 10),
+        counts_epochs=True,
+        callback=kc.ExponentialDecay,
+        reference=by_keras(lambda s: s.ExponentialDecay(1.0, 5, math.exp(-0.3), staircase=True)),
+    ),
+    Timed(
+        "exponential-base",
+        ks.ExponentialDecay,
+        {"base": 0.95, "per": "step"},
+        partial(oracles.exponential, rate=-math.log(0.95), per="step"),
+        counts_epochs=True,
+        callback=kc.ExponentialDecay,
+        reference=by_optax(lambda o: o.exponential_decay(1.0, 5, 0.95)),
+    ),
+    Timed(
+        "exponential-steps",
+        ks.ExponentialDecay,
+        {"base": 0.9, "per": "step", "unit_steps": 5},
+        partial(oracles.exponential, rate=-math.log(0.9), per="step"),
+        callback=kc.ExponentialDecay,
+        reference=by_keras(lambda s: s.ExponentialDecay(1.0, 5, 0.9)),
+    ),
+    Timed(
+        "inverse-time",
+        ks.InverseTimeDecay,
+        {"rate": 1.0},
+        partial(oracles.inverse_time, rate=1.0, per="epoch"),
+        (5, 10),
+        counts_epochs=True,
+        callback=kc.InverseTimeDecay,
+        reference=by_keras(lambda s: s.InverseTimeDecay(1.0, 5, 1.0, staircase=True)),
+    ),
+    Timed(
+        "inverse-time-step",
+        ks.InverseTimeDecay,
+        {"rate": 0.5, "per": "step"},
+        partial(oracles.inverse_time, rate=0.5, per="step"),
+        counts_epochs=True,
+        callback=kc.InverseTimeDecay,
+        reference=by_keras(lambda s: s.InverseTimeDecay(1.0, 5, 0.5)),
+    ),
+    Timed(
+        "inverse-sqrt",
+        ks.InverseSqrtDecay,
+        {"scale": 2.0},
+        partial(oracles.inverse_sqrt, scale=2.0, per="epoch"),
+        (5, 10),
+        counts_epochs=True,
+        callback=kc.InverseSqrtDecay,
+        without="no library has it as a decay from the first step on",
+    ),
+    Timed(
+        "inverse-sqrt-steps",
+        ks.InverseSqrtDecay,
+        {"per": "step", "unit_steps": 2},
+        lambda t, batches, total: oracles.inverse_sqrt(t, 2, total, 1.0, "step"),
+        callback=kc.InverseSqrtDecay,
+        reference=by_torch(lambda s: lambda o: s.LambdaLR(o, lambda t: (1 + t / 2) ** -0.5)),
+    ),
+    Timed(
+        "staircase",
+        ks.Staircase,
+        {"boundaries": [1, 3], "factors": [0.5, 0.1]},
+        partial(oracles.staircase, boundaries=(5, 15), factors=(0.5, 0.1)),
+        (5, 15),
+        counts_epochs=True,
+        callback=kc.Staircase,
+        reference=by_keras(lambda s: s.PiecewiseConstantDecay([4, 14], [1.0, 0.5, 0.1])),
+    ),
+    Timed(
+        "staircase-steps",
+        ks.Staircase,
+        {"boundaries": [3, 7], "factors": [0.5, 0.25], "per": "step"},
+        partial(oracles.staircase, boundaries=(3, 7), factors=(0.5, 0.25)),
+        (3, 7),
+        callback=kc.Staircase,
+        reference=by_torch(lambda s: lambda o: s.MultiStepLR(o, [3, 7], 0.5)),
+    ),
+    Timed(
+        "linear",
+        ks.Linear,
+        {"start": 0.5, "end": 0.2},
+        partial(oracles.linear, start=0.5, end=0.2),
+        (STEPS,),
+        is_open=True,
+        reference=by_torch(lambda s: lambda o: s.LinearLR(o, 0.5, 0.2, STEPS)),
+    ),
+    Timed(
+        "linear-steps",
+        ks.Linear,
+        {"steps": 7},
+        partial(oracles.linear, start=1.0, end=0.0, length=7),
+        (7,),
+        reference=by_optax(lambda o: o.linear_schedule(1.0, 0.0, 7)),
+    ),
+    Timed(
+        "polynomial",
+        ks.PolynomialDecay,
+        {"power": 2.0, "final": 0.1},
+        partial(oracles.polynomial, power=2.0, final=0.1),
+        (STEPS,),
+        is_open=True,
+        callback=kc.PolynomialDecay,
+        reference=by_keras(lambda s: s.PolynomialDecay(1.0, STEPS, 0.1, power=2.0)),
+    ),
+    Timed(
+        "cosine",
+        ks.CosineDecay,
+        {},
+        partial(oracles.cosine, final=0.0),
+        (STEPS,),
+        is_open=True,
+        callback=kc.CosineDecay,
+        reference=by_optax(lambda o: o.cosine_decay_schedule(1.0, STEPS)),
+    ),
+    Timed(
+        "cosine-epochs",
+        ks.CosineDecay,
+        {"final": 0.2, "epochs": 2},
+        partial(oracles.cosine, final=0.2, length=10),
+        (10,),
+        counts_epochs=True,
+        callback=kc.CosineDecay,
+        reference=by_keras(lambda s: s.CosineDecay(1.0, 10, alpha=0.2)),
+    ),
+    Timed(
+        "restarts",
+        ks.CosineRestarts,
+        {"cycle_epochs": 1},
+        partial(oracles.restarts, length=5, growth=1, peak=1.0, final=0.0),
+        (5, 10),
+        counts_epochs=True,
+        callback=kc.CosineRestarts,
+        reference=by_torch(lambda s: lambda o: s.CosineAnnealingWarmRestarts(o, 5)),
+    ),
+    Timed(
+        "restarts-growing",
+        ks.CosineRestarts,
+        {"cycle_steps": 3, "growth": 2, "peak_decay": 0.8, "final": 0.1},
+        partial(oracles.restarts, length=3, growth=2, peak=0.8, final=0.1),
+        (3, 9, 21),
+        callback=kc.CosineRestarts,
+        reference=by_keras(lambda s: s.CosineDecayRestarts(1.0, 3, t_mul=2.0, m_mul=0.8, alpha=0.1)),
+    ),
+    *(
+        Timed(
+            f"cyclical-{mode}",
+            ks.CyclicalRate,
+            {"max_learning_rate": 3.0, "cycle_steps": 8, "mode": mode} | more,
+            partial(oracles.triangles, length=8, low=1.0, high=3.0, mode=mode, **more),
+            (4, 8, 16),
+            callback=kc.CyclicalRate,
+            reference=by_torch(
+                lambda s, mode=mode, more=more: (
+                    lambda o: s.CyclicLR(o, 1.0, 3.0, 4, mode=mode, cycle_momentum=False, **more)
+                )
+            ),
+        )
+        for mode, more in (("triangular", {}), ("triangular2", {}), ("exp_range", {"gamma": 0.9}))
+    ),
+    *(
+        Timed(
+            f"one-cycle-{shape}",
+            ks.OneCycle,
+            {"shape": shape},
+            partial(oracles.one_cycle, start=0.04, final=4e-6, peak_at=0.3, shape=shape),
+            (6, STEPS),
+            is_open=True,
+            initial="max_learning_rate",
+            callback=partial(kc.OneCycle, momentum=None),
+            reference=by_torch(
+                lambda s, shape=shape: (
+                    lambda o: s.OneCycleLR(
+                        o,
+                        1.0,
+                        STEPS + 1,
+                        pct_start=7 / (STEPS + 1),
+                        anneal_strategy={"cosine": "cos"}.get(shape, shape),
+                    )
+                )
+            ),
+        )
+        for shape in ("cosine", "linear")
+    ),
+    Timed(
+        "warm-up",
+        ks.WarmUp,
+        {"epochs": 2},
+        partial(oracles.warm_up, length=10),
+        (10,),
+        counts_epochs=True,
+        callback=kc.WarmUp,
+        reference=by_optax(lambda o: o.linear_schedule(0.0, 1.0, 10)),
+    ),
+    Timed(
+        "warm-up-steps",
+        ks.WarmUp,
+        {"steps": 3, "start": 0.1},
+        partial(oracles.warm_up, length=3, start=0.1),
+        (3,),
+        callback=kc.WarmUp,
+        reference=by_torch(lambda s: lambda o: s.LinearLR(o, 0.1, 1.0, 3)),
+    ),
+    *(
+        Timed(
+            f"trapezoid-{shape}",
+            ks.WarmUpStableDecay,
+            {"warmup_steps": 3, "decay_epochs": 1, "shape": shape, "final": 0.1},
+            partial(oracles.trapezoid, up=3, down=5, shape=shape, final=0.1),
+            (3, 15, STEPS),
+            counts_epochs=True,
+            is_open=True,
+            reference=by_optax(
+                lambda o, shape=shape: o.join_schedules(
+                    [
+                        o.linear_schedule(0.0, 1.0, 3),
+                        o.constant_schedule(1.0),
+                        {"linear": o.linear_schedule(1.0, 0.1, 5), "cosine": o.cosine_decay_schedule(1.0, 5, 0.1)}[
+                            shape
+                        ],
+                    ],
+                    [3, 15],
+                )
+            )
+            if shape != "sqrt"
+            else None,
+            without="" if shape != "sqrt" else "no library at hand has this shape",
+        )
+        for shape in ("linear", "cosine", "sqrt")
+    ),
+]
+
 CLASSES = list({row.cls: row for row in reversed(OPTIMIZERS)}.values())  # the first row of each class
 
 # What each argument of everything public may be; tests/test_bad_input.py says what the kinds mean. `Optional` is "?".
@@ -251,6 +585,35 @@ ADAM_KINDS = {
     "bias_correction": "boolean",
     "amsgrad": "boolean",
 }
+LENGTH = {"epochs": "epochs?", "steps": "count 1?"}
+CYCLE = {"cycle_epochs": "epochs?", "cycle_steps": "count 1?"}
+EVERY = {"every_epochs": "count 1?", "every_steps": "count 1?"}
+UNIT = {"per": "epoch|step", "unit_steps": "count 1?"}
+INITIAL, NAME = {"initial": "nonnegative?"}, {"name": "text?"}
+SCHEDULE_KINDS = {  # of the schedule and the callback of a name; the one also takes `initial`, the other `name`
+    "StepDecay": {"factor": "share"} | EVERY,
+    "ExponentialDecay": {"rate": "nonnegative?", "base": "share?"} | UNIT,
+    "InverseTimeDecay": {"rate": "nonnegative"} | UNIT,
+    "InverseSqrtDecay": {"scale": "positive"} | UNIT,
+    "Staircase": {"boundaries": "two counts", "factors": "two nonnegatives", "per": "epoch|step"},
+    "PolynomialDecay": {"power": "positive", "final": "closed_fraction"} | LENGTH,
+    "CosineDecay": {"final": "closed_fraction"} | LENGTH,
+    "WarmUp": {"start": "closed_fraction"} | LENGTH,
+    "CosineRestarts": {"growth": "count 1", "peak_decay": "share", "final": "closed_fraction"} | CYCLE,
+    "CyclicalRate": {
+        "max_learning_rate": "positive",
+        "mode": "triangular|triangular2",  # the third wants `gamma`
+        "gamma": "share?",
+    }
+    | CYCLE,
+}
+ONE_CYCLE = {
+    "max_learning_rate": "positive?",
+    "start": "nonnegative",
+    "final": "nonnegative",
+    "peak_at": "inner",
+    "shape": "cosine|linear",
+} | LENGTH
 KINDS = {
     kopt.SGD: COMMON_KINDS | {"momentum": "fraction", "nesterov": "boolean", "form": "velocity|gradient|average"},
     kopt.Adagrad: COMMON_KINDS | {"initial_accumulator_value": "nonnegative", "epsilon": "positive"},
@@ -277,13 +640,44 @@ KINDS = {
         "delete_checkpoint": "boolean",
         "verbose": "count 0",
     },
+    **{getattr(ks, name): kinds | INITIAL for name, kinds in SCHEDULE_KINDS.items()},
+    **{getattr(kc, name): kinds | NAME for name, kinds in SCHEDULE_KINDS.items()},
+    ks.Constant: {"factor": "nonnegative"} | INITIAL,
+    ks.Linear: {"start": "nonnegative", "end": "nonnegative"} | LENGTH | INITIAL,
+    ks.WarmUpStableDecay: {
+        "warmup_epochs": "epochs?",
+        "warmup_steps": "count 1?",
+        "decay_epochs": "epochs?",
+        "decay_steps": "count 1?",
+        "shape": "linear|cosine|sqrt",
+        "final": "closed_fraction",
+    }
+    | LENGTH
+    | INITIAL,
+    ks.OneCycle: ONE_CYCLE,
+    kc.OneCycle: ONE_CYCLE | {"momentum": "two inners?"} | NAME,
+    kc.MomentumAnneal: {"start": "fraction", "end": "fraction"} | LENGTH | NAME,
+    ks.Schedule: {},  # has no constructor of its own
+    kc.Schedule: {"hyperparameter": "text", "schedule": "schedule", "name": "text?"},
+    kc.RateMonitor: {"hyperparameters": "names", "capacity": "count 1?", "name": "text?"},
+    kopt.plot.schedule: {
+        "shown": "made by others",
+        "steps": "count 1?",
+        "steps_per_epoch": "count 1?",
+        "base": "finite",
+        "ax": "made by matplotlib",
+    },
     kopt.data.seekable: {"source": "data", "num_batches": "count 1?", "shuffle": "boolean", "seed": "count 0"},
     kopt.load_optimizer: {"model": "a compiled model", "path": "a file of it"},
 }
-TRIED_ELSEWHERE = {kopt.At, kopt.load_optimizer}  # the step makes the one; tests/test_loading.py tries the other
+TRIED_ELSEWHERE = {  # the step makes `At`; tests/test_loading.py and tests/test_plot.py try the others
+    kopt.At,
+    kopt.load_optimizer,
+    kopt.plot.schedule,
+}
 PUBLIC = {
-    name: value
-    for module in (kopt, kopt.callbacks, kopt.data)
+    f"{module.__name__}.{name}": value
+    for module in (kopt, kopt.callbacks, kopt.data, kopt.plot, kopt.schedules)
     for name, value in vars(module).items()
     if callable(value) and not name.startswith("_") and value.__module__.startswith("kopt")
 }
@@ -292,4 +686,17 @@ NEEDED = {
     "exclude_from_decay": {"l2": 0.1},
     "ema_overwrite_frequency": {"use_ema": True},
     "name": {"doc": "a slot"},
+    "gamma": {"mode": "exp_range"},
+}
+INSTEAD = {  # two arguments of which only one is given
+    one: other
+    for pair in (
+        ("epochs", "steps"),
+        ("cycle_epochs", "cycle_steps"),
+        ("every_epochs", "every_steps"),
+        ("rate", "base"),
+        ("warmup_epochs", "warmup_steps"),
+        ("decay_epochs", "decay_steps"),
+    )
+    for one, other in (pair, pair[::-1])
 }

@@ -4,6 +4,8 @@ Each takes the weight `w`, the gradient `g`, a dictionary `s` of state (empty at
 and returns what to add to the weight. Hyperparameters may differ from step to step.
 """
 
+import math
+
 import numpy as np
 
 
@@ -64,3 +66,80 @@ def run(rule, w, gradients, **hypers):
         changes.append(rule(w, np.asarray(g, "float64"), state, t, **hypers))
         w = w + changes[-1]
     return changes
+
+
+# Schedules: the factor after t steps, where an epoch has `batches` and the fit `total` steps. Written one by one with
+# Python's numbers, which do not round integers.
+
+
+def step_decay(t, batches, total, factor, every):
+    return factor ** (t // every)
+
+
+def exponential(t, batches, total, rate, per):
+    return math.exp(-rate * (t // batches if per == "epoch" else t / batches))
+
+
+def inverse_time(t, batches, total, rate, per):
+    return 1 / (1 + rate * (t // batches if per == "epoch" else t / batches))
+
+
+def inverse_sqrt(t, batches, total, scale, per):
+    return scale / math.sqrt(1 + (t // batches if per == "epoch" else t / batches))
+
+
+def staircase(t, batches, total, boundaries, factors):
+    return ([1.0] + [f for b, f in zip(boundaries, factors, strict=True) if t >= b])[-1]
+
+
+def linear(t, batches, total, start, end, length=None):
+    x = min(t / (length or total), 1)
+    return (1 - x) * start + x * end
+
+
+def polynomial(t, batches, total, power, final, length=None):
+    return (1 - final) * (1 - min(t / (length or total), 1)) ** power + final
+
+
+def cosine(t, batches, total, final, length=None):
+    return final + (1 - final) * math.cos(math.pi / 2 * min(t / (length or total), 1)) ** 2
+
+
+def warm_up(t, batches, total, length, start=0.0):
+    return min(start + (1 - start) * t / length, 1.0)
+
+
+def restarts(t, batches, total, length, growth, peak, final):
+    i = 0
+    while t >= length:
+        t, length, i = t - length, length * growth, i + 1
+        if growth == 1:
+            i, t = i + t // length, t % length
+    return final + (1 - final) * peak**i * math.cos(math.pi / 2 * t / length) ** 2
+
+
+def triangles(t, batches, total, length, low, high, mode, gamma=1.0):
+    half = length / 2
+    cycle = math.floor(1 + t / length)
+    x = abs(t / half - 2 * cycle + 1)
+    scale = {"triangular": 1.0, "triangular2": 0.5 ** (cycle - 1), "exp_range": gamma**t}[mode]
+    return low + (high - low) * max(0, 1 - x) * scale
+
+
+def one_cycle(t, batches, total, start, final, peak_at, shape, length=None):
+    n = length or total
+    top = peak_at * n
+    if t < top:
+        a, b, x = start, 1.0, t / top
+    else:
+        a, b, x = 1.0, final, min((t - top) / (n - top), 1)
+    return a + (b - a) * x if shape == "linear" else b + (a - b) / 2 * (math.cos(math.pi * x) + 1)
+
+
+def trapezoid(t, batches, total, up, down, shape, final, length=None):
+    n = length or total
+    if t <= n - down:
+        return min(t / up, 1.0)
+    x = min((t - (n - down)) / down, 1)
+    left = {"linear": 1 - x, "cosine": math.cos(math.pi / 2 * x) ** 2, "sqrt": 1 - x**0.5}[shape]
+    return min(final + (1 - final) * left, t / up)

@@ -12,7 +12,7 @@ import pytest
 from keras import ops
 
 import kopt
-from tests.catalog import KINDS, NEEDED, PUBLIC, TRIED_ELSEWHERE
+from tests.catalog import INSTEAD, KINDS, NEEDED, PUBLIC, TRIED_ELSEWHERE
 from tests.test_data import Items
 
 
@@ -28,7 +28,8 @@ def values():
     yield from (ops.convert_to_tensor(0.5), ops.convert_to_tensor(2), ops.ones(1), ops.ones((2, 2)))
     yield from (keras.Variable(0.5), keras.layers.Dense(1), keras.layers.Dense, keras.Sequential([]))
     yield from (["bias", "("], ["bias", 3], ["bias", "kernel"])
-    yield keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+    yield from (keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9), kopt.schedules.CosineDecay())
+    yield from ([2, 3], [3, 2], [1, 2.5], [0.5, 0.25], (0.1, 0.5), [0.0, 1.0], np.array([1, 2]), ["momentum", "beta_1"])
 
 
 def number(value):
@@ -84,7 +85,16 @@ def series(value):
 def rate(value):
     none = [lambda: 0.1]  # what takes no argument
     takes_none = inspect.isfunction(value) and inspect.signature(value) == inspect.signature(none[0])
-    return takes_none or isinstance(value, keras.optimizers.schedules.LearningRateSchedule) or number(value) >= 0
+    schedule = isinstance(value, keras.optimizers.schedules.LearningRateSchedule)
+    return takes_none or (schedule and getattr(value, "stands_alone", True)) or number(value) >= 0
+
+
+def several(value, legal):
+    return (
+        isinstance(value, (list, tuple, np.ndarray))
+        and np.shape(value)[:1] not in ((), (0,))
+        and all(map(legal, value))
+    )
 
 
 LEGAL = {
@@ -94,6 +104,14 @@ LEGAL = {
     "nonnegative": lambda v: number(v) >= 0 and exactly(v) >= 0,
     "window": lambda v: 1 <= number(v) < 2**53 and exactly(v) >= 1,
     "fraction": lambda v: 0 <= number(v) < 1 and 0 <= exactly(v) < 1,
+    "share": lambda v: 0 < number(v) <= 1 and exactly(v) <= 1,
+    "inner": lambda v: 0 < number(v) < 1,
+    "epochs": lambda v: 0 < number(v) < 2**31,
+    "names": lambda v: LEGAL["text"](v) or (bool(v) and several(v, LEGAL["text"])),
+    "two counts": lambda v: several(v, lambda n: whole(n) > 0) and len(v) == 2 and v[0] < v[1],
+    "two nonnegatives": lambda v: several(v, lambda n: number(n) >= 0) and len(v) == 2,
+    "two inners": lambda v: several(v, LEGAL["inner"]) and len(v) == 2 and v[0] <= v[1],
+    "schedule": lambda v: isinstance(v, kopt.schedules.Schedule),
     "closed_fraction": lambda v: 0 <= number(v) <= 1 and 0 <= exactly(v) <= 1,
     "boolean": lambda v: isinstance(v, (bool, np.bool_)),
     "text": lambda v: isinstance(v, str) and v != "" and "/" not in v,
@@ -163,13 +181,23 @@ def test_arguments_are_taken_or_refused_as_declared(target, kinds, variables_mad
         "exponentially_weighted_average": {"values": [1.0]},
         "BackupAndRestore": {"directory": "somewhere"},
         "seekable": {"source": Items()},
+        "Schedule": {"hyperparameter": "momentum", "schedule": kopt.schedules.Constant()},
+        "Staircase": {"boundaries": [1, 2], "factors": [0.1, 0.2]},
+        "WarmUp": {"steps": 2},
+        "CosineRestarts": {"cycle_steps": 2},
+        "CyclicalRate": {"max_learning_rate": 3e38, "cycle_steps": 2},
+        "WarmUpStableDecay": {"warmup_steps": 1, "decay_steps": 1},
     }
     cases = 0
     for name, kind in kinds.items():
         for value in values():
             needed = {} if value is None else NEEDED.get(name, {})
             given = {k: v for k, v in needed.items() if k in kinds}
-            given = start.get(target.__name__, {}) | given | {name: value}
+            given = start.get(target.__name__, {}) | given
+            if name in INSTEAD:
+                given = {k: v for k, v in given.items() if k != INSTEAD[name]}
+                given |= {INSTEAD[name]: 0.5 if INSTEAD[name] == "base" else 1} if value is None else {}
+            given = {k: v for k, v in (given | {name: value}).items() if k in kinds}
             made = []
             wrong = refused(lambda given=given, made=made: made.append(target(**given)), name, value, variables_made)
             assert wrong != legal(kind, value), (

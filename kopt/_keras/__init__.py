@@ -174,10 +174,8 @@ def variables_of(model) -> list:
     """All that a model keeps: what it lists, and what layers hold beside that, such as the states of a stateful RNN."""
     listed = [*model.variables, *model.metrics_variables]
     known = {id(variable) for variable in listed}
-    others = [
-        getattr(value, "state", value) if isinstance(value, keras.random.SeedGenerator) else value
-        for value in _held(model)
-    ]
+    seeds = keras.random.SeedGenerator
+    others = [value.state if isinstance(value, seeds) else value for value in _held(model)]
     others = {id(value): value for value in others if isinstance(value, keras.Variable)}
     return [*model.variables, *(variable for key, variable in others.items() if key not in known)]
 
@@ -190,11 +188,9 @@ def optimizers_of(model) -> list:
 
 def _held(model):
     """What the attributes of a model, its layers and its losses hold."""
-    for layer in [
-        *model._flatten_layers(),
-        *(loss for loss in keras.tree.flatten(model.loss) if hasattr(loss, "call")),
-    ]:
-        values, seen = list(vars(layer).values())[::-1], set()
+    losses = [loss for loss in keras.tree.flatten(model.loss) if isinstance(loss, keras.losses.Loss)]
+    for owner in [*model._flatten_layers(), *losses]:
+        values, seen = list(vars(owner).values())[::-1], set()
         while values:
             value = values.pop()
             inner = list(value.values()) if isinstance(value, dict) else value

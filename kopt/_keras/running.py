@@ -14,13 +14,15 @@ class Fit:
     def __init__(self, callback):
         self.model = callback.model
         self.callback_list = self.epoch_iterator = None
+        self.is_inner = False  # whether it runs within another `fit` with the same callback
         for frame in frames():
             found = frame.f_locals
             if isinstance(found.get("self"), keras.callbacks.CallbackList):
                 self.callback_list = self.callback_list or found["self"]
             elif found.get("self") is self.model and "epoch_iterator" in found:
-                self.epoch_iterator = found["epoch_iterator"]
-                break
+                self.epoch_iterator = self.epoch_iterator or found["epoch_iterator"]
+            lists = [value for value in found.values() if isinstance(value, keras.callbacks.CallbackList)]
+            self.is_inner |= any(one is not self.callback_list and callback in one.callbacks for one in lists)
 
     @property
     def callbacks(self) -> list:

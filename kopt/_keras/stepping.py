@@ -4,7 +4,7 @@ import contextlib
 
 import keras
 
-from kopt import _keras, backends
+from kopt import _keras, backends, checks
 
 
 def nested(optimizer) -> list:
@@ -26,6 +26,57 @@ def updating(optimizer) -> list:
 def trained_by(optimizer) -> list:
     """The variables that an optimizer was built with, all of them whichever have a gradient in a step."""
     return list(optimizer._trainable_variables)
+
+
+def rate_source(optimizer):
+    """Where the learning rate comes from: a variable, a schedule, or a callable."""
+    return getattr(optimizer, "_learning_rate", None)
+
+
+def computed_rate(optimizer, source):
+    """The learning rate of the next update from a schedule or a callable."""
+    if not isinstance(source, keras.optimizers.schedules.LearningRateSchedule):
+        rate = source()
+    elif keras.backend.backend() == "torch":  # on the host, not to wait for a device
+        with keras.device("cpu"):
+            rate = source(keras.ops.convert_to_tensor(backends.number(counter(optimizer), "int32"), "int32"))
+    else:
+        rate = source(counter(optimizer))
+    return backends.number(rate, checks.held_dtype())
+
+
+class InUse(keras.optimizers.schedules.LearningRateSchedule):
+    """Stands in place of a schedule or callable: the rate in a variable, whatever the step."""
+
+    def __init__(self, variable):
+        self.variable = variable
+
+    def __call__(self, step):
+        return self.variable.value
+
+
+def suffixes(optimizers) -> list[str]:
+    """What tells several optimizers apart in logs."""
+    names = [optimizer.name for optimizer in optimizers]
+    if len(names) == 1:
+        return [""]
+    return [f"_{name}" if names.count(name) == 1 else f"_{name}_{i}" for i, name in enumerate(names)]
+
+
+def is_replicated(optimizer) -> bool:
+    """Whether the optimizer was made in the scope of a strategy."""
+    home = getattr(optimizer, "_distribution_strategy", None)
+    return home is not None and backends.is_strategy(home)
+
+
+def counter(optimizer):
+    """What an optimizer gives its schedule: the updates it has done; the batches if it is Keras's and accumulates."""
+    return optimizer._iterations
+
+
+def batches_per_count(optimizer) -> int:
+    """How many batches that counter counts as one."""
+    return (optimizer.gradient_accumulation_steps or 1) if isinstance(optimizer, _keras.OptimizerBridge) else 1
 
 
 def has_all_weights(model) -> bool:
@@ -90,17 +141,43 @@ def hide_in_files(optimizer, steps):
     """Let no file hold, or be asked for, what parts have added; what is returned takes it back."""
 
     def hiding(method):
-        def call(store):
+        def call(*arguments):
             with contextlib.ExitStack() as stack:
                 for step in steps:
                     stack.enter_context(step.hidden())
-                method(store)
+                return method(*arguments)
 
         return call
 
-    names = "save_own_variables", "load_own_variables"
+    names = "save_own_variables", "load_own_variables", "get_config"
     undo = [stand_in(one, name, hiding(getattr(one, name))) for one in nested(optimizer) for name in names]
     return lambda: [put_back() for put_back in undo]
+
+
+class Unfiled:
+    """A variable that an optimizer keeps, and that no file of it holds."""
+
+    def __init__(self, optimizer, variable):
+        self.optimizer, self.variable = optimizer, variable
+
+    @contextlib.contextmanager
+    def hidden(self):
+        shown = self.optimizer._variables
+        vars(self.optimizer)["_variables"] = [variable for variable in shown if variable is not self.variable]
+        try:
+            yield
+        finally:
+            vars(self.optimizer)["_variables"] = shown
+
+
+def keep_unfiled(whole, optimizer, variable) -> None:
+    """Let an optimizer, which is another or within it, keep a variable from now on, and no file hold it."""
+    if all(variable is not other for other in optimizer._variables):
+        optimizer._track_variable(variable)
+    known = vars(whole).setdefault("_unfiled", set())
+    if id(variable) not in known:
+        known.add(id(variable))
+        hide_in_files(whole, [Unfiled(optimizer, variable)])
 
 
 class Step:
@@ -140,7 +217,10 @@ class Step:
         trained, counts = trained_by(self.optimizer), []
         with backends.unrecorded():
             backends.once_for_all_replicas(lambda: self._before(counts))
-        self.apply(grads, variables)
+        with contextlib.ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(part.during_update(self.optimizer))
+            self.apply(grads, variables)
         with backends.unrecorded():
             backends.once_for_all_replicas(lambda: self._after(trained, counts))
 
@@ -158,7 +238,7 @@ class Step:
     def install(self, part) -> None:
         """Let the part add its variables; from then on it is in the step."""
         known = {id(variable) for variable in self.shown}
-        self.parts.append(part)
+        self.parts = sorted([*self.parts, part], key=lambda one: one.turn)
         try:
             with where_made(self.optimizer):
                 part.install(self.optimizer)
@@ -166,6 +246,8 @@ class Step:
             self.added[id(part)] = [variable for variable in self.shown if id(variable) not in known]
 
     def remove(self, part) -> None:
+        if any(part is other for other in self.parts):
+            part.leave(self.optimizer)
         self.parts = [other for other in self.parts if other is not part]
         for variable in self.added.pop(id(part), []):
             self.optimizer._untrack_variable(variable)
@@ -189,7 +271,10 @@ class Step:
         shown = self.optimizer._variables
         vars(self.optimizer)["_variables"] = [variable for variable in shown if id(variable) not in added]
         try:
-            yield
+            with contextlib.ExitStack() as stack:
+                for part in self.parts:
+                    stack.enter_context(part.aside(self.optimizer))
+                yield
         finally:
             vars(self.optimizer)["_variables"] = shown
 

@@ -122,6 +122,7 @@ class BackupAndRestore(Callback):
         self.async_safe = save_every_steps is None  # let JAX go on while the hook of a batch, which does nothing, runs
 
     def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
         fit = running.Fit(self)
         self._check(fit)
         if not fit.move_last(self):
@@ -131,27 +132,33 @@ class BackupAndRestore(Callback):
         store = self.run.store if self.run else Store(self._place(), self.keep)
         store.open()
         self.run = Run(fit, store, random.randrange(2**31), constants=training.nonfinite(training.weights(self.model)))
-        loaded = store.load()
-        tree = loaded and loaded.tree
-        if tree and tree["after"] != self.ends:
-            self._say("begins anew: the `fit` before this one ended at another epoch than it did then")
-            tree = None
+        tree = self._loaded(store)
         if tree:
             self.run.seed = tree["data"]["seed"]
         self.run.feed = fit.feed(self.run.seed)
         if self.save_every_steps:
             fit.wait_for_batches()
-            if self.run.feed is None:
-                self._say(f"saves when epochs end: {NOT_SEEKABLE}")
-        if forgotten := sorted({type(callback).__name__ for callback in fit.callbacks if stock.may_forget(callback)}):
-            self._say(f"does not save what {', '.join(forgotten)} may hold: no `get_state()` and `set_state(state)`")
-        if any(isinstance(c, keras.callbacks.CSVLogger) and not c.append for c in fit.callbacks):
-            self._say("cannot keep the rows of a CSVLogger without `append=True`, which begins its file anew")
-        if late := [optimizer.name for optimizer in _keras.optimizers_of(self.model) if not optimizer.built]:
-            self._say(f"cannot be exact to the last bit unless {', '.join(late)} is built before `fit`")
+        for limit in self._limits(fit):
+            self._say(limit)
         manifest.encode(training.states(fit.callbacks), ("callbacks",), {})  # what cannot be saved is refused now
         if tree:
             self._resume(tree)
+
+    def _loaded(self, store) -> dict | None:
+        loaded = store.load(lambda arrays: training.expect(self.model, arrays))
+        if loaded and loaded.tree["after"] != self.ends:
+            self._say("begins anew: the `fit` before this one ended at another epoch than it did then")
+            return None
+        return loaded and loaded.tree
+
+    def _limits(self, fit) -> list[str]:
+        """What cannot be as it should, in words."""
+        found = stock.limits(fit.callbacks)
+        if self.save_every_steps and self.run.feed is None:
+            found.append(f"saves when epochs end: {NOT_SEEKABLE}")
+        if late := [optimizer.name for optimizer in _keras.optimizers_of(self.model) if not optimizer.built]:
+            found.append(f"cannot be exact to the last bit unless {', '.join(late)} is built before `fit`")
+        return found
 
     def _check(self, fit):
         model = self.model
@@ -160,6 +167,8 @@ class BackupAndRestore(Callback):
         rivals = [c for c in fit.callbacks if isinstance(c, (BackupAndRestore, keras.callbacks.BackupAndRestore))]
         if len(rivals) > 1:
             checks.refuse("callbacks", "a list with one that backs up and restores", rivals)
+        if fit.is_inner:
+            checks.refuse("callbacks", "others than those of the `fit` around this one", self)
 
     def _place(self) -> str:
         """The directory of this `fit`: each has its own, so that a program of several finds the end of each again."""
@@ -207,6 +216,7 @@ class BackupAndRestore(Callback):
             training.restore(self.model, self.run.fit.callbacks, tree)
 
     def on_epoch_begin(self, epoch, logs=None):
+        super().on_epoch_begin(epoch, logs)
         run = self.run
         if run.tree:
             if epoch != run.tree["epoch"]:

@@ -4,12 +4,14 @@ A callback with a part in the step adds variables to the optimizer and code arou
 ends: Keras drops the whole state of an optimizer whose variables do not match a file, with no more than a warning.
 """
 
+import contextlib
 import copy
 
 import keras
 
 from kopt import checks
 from kopt._keras import stepping
+from kopt.callbacks.clock import Rates
 from kopt.callbacks.install import Installation
 
 
@@ -19,11 +21,15 @@ class Callback(keras.callbacks.Callback):
     A subclass with state that a resumed training needs gives it in `get_state` and takes it in `set_state`. A copy,
     which KerasTuner makes for each trial, has neither the model nor what else `left_behind` names: None in their place.
 
+    Each of them tells the schedules that are the learning rate of an optimizer how long the `fit` is. A subclass that
+    overrides `set_model`, `on_train_begin` or `on_epoch_begin` calls `super()`'s.
+
     Args:
         name: What the callback is called in a file and in messages; by default the name of its class.
     """
 
-    left_behind: tuple[str, ...] = ("_model", "params")
+    left_behind: tuple[str, ...] = ("_model", "params", "_rates")
+    _rates = None  # the clocks of schedules
 
     def __init__(self, name: str | None = None):
         super().__init__()
@@ -38,6 +44,18 @@ class Callback(keras.callbacks.Callback):
         if state:
             checks.refuse("state", f"empty for {self.name}, which keeps none", state)
 
+    def set_model(self, model):
+        super().set_model(model)
+        self._rates = Rates(model)
+
+    def on_train_begin(self, logs=None):
+        if self._rates and self._rates.optimizers:
+            self._rates.begin(self.params)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._rates and self._rates.optimizers:
+            self._rates.turn(self.model, epoch, self.params)
+
     def __getstate__(self):
         return vars(self) | dict.fromkeys(vars(self).keys() & set(self.left_behind))
 
@@ -50,16 +68,18 @@ class Callback(keras.callbacks.Callback):
 class InStep(Callback):
     """A callback with a part in the compiled step, for the length of a `fit`.
 
-    A subclass overrides some of `prepare`, `install`, `before_update`, `after_update` and `finish`. All but the
-    first are called for every optimizer that updates variables itself: the one within a `LossScaleOptimizer`, each of a
-    `MultiOptimizer`. Several such callbacks take their turns in the order of the list. A subclass that overrides a hook
-    of Keras calls `super()`'s, too, and adds what it keeps of a running `fit`, variables above all, to `left_behind`.
+    A subclass overrides some of `prepare`, `install`, `before_update`, `during_update`, `after_update`, `aside`,
+    `finish` and `leave`. All but the first are called for every optimizer that updates variables itself: the one
+    within a `LossScaleOptimizer`, each of a `MultiOptimizer`. Several such callbacks take their turns in the order of
+    the list. A subclass that overrides a hook of Keras calls `super()`'s, too, and adds what it keeps of a running
+    `fit`, variables above all, to `left_behind`.
 
     Installed is what `set_model` has announced, once `fit` makes its train function: before `on_train_begin` of any
     callback. `evaluate` and `predict`, which call `set_model` as well, make none, so that nothing comes of it there.
     """
 
     left_behind = (*Callback.left_behind, "_announced", "_training", "_begun")
+    turn = 0  # those with a higher number come later, wherever they are in the list
     _announced = _training = _begun = None  # the `Installation` to come; the one it is in; whether that has begun
 
     def prepare(self, model) -> None:
@@ -67,6 +87,10 @@ class InStep(Callback):
 
     def install(self, optimizer) -> None:
         """Add what variables are needed, by `add_variable` and `add_slot`. The optimizer is built."""
+
+    def drives(self, optimizer) -> dict:
+        """What the callback drives of the optimizer's numbers, by name: a `drive.Drive` each."""
+        return {}
 
     def before_update(self, optimizer) -> None:
         """Tensor code that runs before the optimizer's `apply`, in the step."""
@@ -80,6 +104,17 @@ class InStep(Callback):
             happened: Whether `apply` has updated them: True where it always does, and otherwise, under gradient
                 accumulation or kopt's `nonfinite`, a boolean tensor, for `backends.when` or `ops.where`.
         """
+
+    def during_update(self, optimizer):
+        """A context in which the optimizer's `apply` runs."""
+        return contextlib.nullcontext()
+
+    def aside(self, optimizer):
+        """A context in which the optimizer's own numbers are in their places; files are written and read in it."""
+        return contextlib.nullcontext()
+
+    def leave(self, optimizer) -> None:
+        """Put back what `install` has changed: after `finish`, or in the next `fit` if this one raised."""
 
     def finish(self, optimizer) -> None:
         """Read the variables for the last time; after a `fit` that raised it is not called."""
@@ -99,6 +134,7 @@ class InStep(Callback):
         Installation.of(model).announce(self)
 
     def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
         if self._announced:  # nobody has made a train function: a loop of the user's own
             self._announced.begin_late()
         elif self._training is None:  # nobody has called `set_model`: a CallbackList that is used again

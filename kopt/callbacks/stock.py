@@ -39,10 +39,17 @@ def has_protocol(callback) -> bool:
     return getter not in (None, Callback.get_state) and hasattr(callback, "set_state")
 
 
-def may_forget(callback) -> bool:
-    """Whether it may hold something that nobody can save: a class that is neither Keras's nor has the protocol."""
-    known = has_protocol(callback) or type(callback) in CLASSES or isinstance(callback, Callback)
-    return not known and type(callback) is not keras.callbacks.Callback
+def limits(callbacks) -> list[str]:
+    """What of these callbacks nobody can save, as sentences without their subject."""
+    known = (*CLASSES, keras.callbacks.Callback)
+    unknown = [c for c in callbacks if not has_protocol(c) and type(c) not in known and not isinstance(c, Callback)]
+    found = []
+    if unknown:
+        names = ", ".join(sorted({type(callback).__name__ for callback in unknown}))
+        found.append(f"does not save what {names} may hold: no `get_state()` and `set_state(state)`")
+    if any(isinstance(callback, keras.callbacks.CSVLogger) and not callback.append for callback in callbacks):
+        found.append("cannot keep the rows of a CSVLogger without `append=True`, which begins its file anew")
+    return found
 
 
 def get_state(callback) -> dict:

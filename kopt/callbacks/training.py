@@ -1,5 +1,6 @@
 """What a running fit is made of, as a tree that a store can hold: collected, compared, put back."""
 
+import math
 import random
 import re
 
@@ -19,6 +20,15 @@ def collect(model, callbacks, within_epoch) -> dict:
         "callbacks": states(callbacks),
         "random": random_state(),
     }
+
+
+def expect(model, arrays) -> None:
+    """Refuse a backup of other weights before any is read; `arrays` are names with shapes and dtypes."""
+    shapes = [shape for name, (shape, _) in arrays.items() if name.startswith("weights/")]
+    here = [tuple(variable.shape) for variable in _keras.variables_of(model)]
+    if sum(map(math.prod, shapes)) > sum(map(math.prod, here)):
+        counts = f"{sum(map(math.prod, here))} here, {sum(map(math.prod, shapes))} in the backup"
+        raise ValueError(f"The backup is of another model, with more weights: {counts}.")
 
 
 def restore(model, callbacks, tree) -> None:

@@ -138,6 +138,10 @@ class Optimizer(_keras.OptimizerBridge):
         first = [name for name in inspect.signature(cls.__init__).parameters if name in found]
         return {name: found[name] for name in [*first, *found]}
 
+    def numbers(self) -> dict[str, Hyper]:
+        """The arguments that are numbers, and are given: those that can change during `fit`."""
+        return {name: argument for name, argument in self.declared().items() if name in self.hyper_variables}
+
     def arguments(self) -> dict:
         """The declared arguments with the values in use."""
         return {name: getattr(self, name) for name in self.declared()}

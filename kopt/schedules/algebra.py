@@ -1,0 +1,247 @@
+"""Schedules made of schedules. They print as the expression that makes them: `WarmUp(epochs=2) >> CosineDecay()`."""
+
+import keras
+
+from kopt import _keras, checks
+from kopt.schedules.base import TERMS, Schedule
+from kopt.schedules.decays import Constant
+from kopt.schedules.time import Length, arithmetic
+
+PRODUCT, SEQUENCE = 2, 1
+
+
+def product(first, second):
+    """`first * second`, of schedules or a schedule and a number."""
+    for one in (first, second):
+        if isinstance(one, keras.optimizers.schedules.LearningRateSchedule) and not isinstance(one, Schedule):
+            checks.refuse("factor", "a number or one of kopt's schedules", one)
+    return Product(*(one if isinstance(one, Schedule) else Constant(one) for one in (first, second)))
+
+
+def joined(first, second):
+    """`first >> second`; what is joined already is not nested."""
+    return Joined([part for one in (first, second) for part in (one.parts if isinstance(one, Joined) else [one])])
+
+
+class Expression(Schedule):
+    """A schedule made of others."""
+
+    def bracketed(self, part, least) -> str:
+        return f"({part!r})" if part.binds < least else repr(part)
+
+    def get_config(self):
+        return {name: _portable(value) for name, value in super().get_config().items()}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{name: _revived(value) for name, value in config.items()})
+
+
+def _portable(value):
+    if isinstance(value, list):
+        return [_portable(item) for item in value]
+    return keras.saving.serialize_keras_object(value) if isinstance(value, Schedule) else value
+
+
+def _revived(value):
+    if isinstance(value, list):
+        return [_revived(item) for item in value]
+    return keras.saving.deserialize_keras_object(value) if isinstance(value, dict) else value
+
+
+@_keras.register
+class Product(Expression):
+    """`first * second`: one is a factor of the other."""
+
+    binds = PRODUCT
+
+    def __init__(self, first, second):
+        self.first, self.second = first, second
+        if not (first.is_factor or second.is_factor):
+            checks.refuse("schedules", "a factor and another: only one can have a value of its own", [first, second])
+        lengths = [part.length for part in (first, second) if part.length is not None]
+        alike = len(lengths) == 2 and (lengths[0] + lengths[1]) is not None
+        if len(lengths) == 1:
+            self.length = lengths[0]
+        elif alike:
+            self.length = max(lengths, key=lambda length: length.epochs or length.steps)
+        elif any(length.is_open for length in lengths):
+            self.length = Length()
+
+    is_factor = property(lambda self: self.first.is_factor and self.second.is_factor)
+    stands_alone = property(lambda self: self.first.stands_alone or self.second.stands_alone)
+    initial = property(lambda self: self.second.initial if self.first.is_factor else self.first.initial)
+
+    def value(self, time, base):
+        own, factor = (self.second, self.first) if self.first.is_factor else (self.first, self.second)
+        return own.value(time, base) * factor.formula(time)
+
+    def formula(self, time):
+        return self.first.formula(time) * self.second.formula(time)
+
+    def check_base(self, base):
+        _check_base([self.first, self.second], base)
+
+    def validate(self, time):
+        self.first.validate(time)
+        self.second.validate(time)
+
+    def __repr__(self):
+        if type(self.first) is Constant and self.first.is_factor:
+            return f"{self.first.factor!r} * {self.bracketed(self.second, TERMS)}"
+        return f"{self.bracketed(self.first, PRODUCT)} * {self.bracketed(self.second, TERMS)}"
+
+
+@_keras.register
+class Joined(Expression):
+    """`first >> second >> ...`: each for its length, then the next from its beginning."""
+
+    binds = SEQUENCE
+
+    def __init__(self, parts):
+        self.parts = parts
+        for part in parts:
+            if not isinstance(part, Schedule):
+                checks.refuse("parts", "kopt's schedules", part)
+        for part in parts[:-1]:
+            if part.length is None or part.length.is_open:
+                allowed = "with a length, such as `.lasting(epochs=5)`, where another schedule follows"
+                checks.refuse("schedule", allowed, part)
+        total = parts[0].length
+        for part in parts[1:]:
+            total = None if None in (total, part.length) else Length() if part.length.is_open else total + part.length
+        self.length = total
+        values = {part.initial for part in parts if not part.is_factor}
+        if len(values) > 1 and any(part.is_factor for part in parts):
+            allowed = "factors of one value: they have several, so each needs its own `initial=`"
+            checks.refuse("schedules", allowed, self)
+
+    is_factor = property(lambda self: all(part.is_factor for part in self.parts))
+    stands_alone = property(lambda self: self.initial is not None)
+    initial = property(lambda self: next((part.initial for part in self.parts if not part.is_factor), None))
+
+    def value(self, time, base):
+        base = base if self.initial is None else self.initial
+        return self._at(time, lambda part, time: part.value(time, base))
+
+    def formula(self, time):
+        return self._at(time, lambda part, time: part.formula(time))
+
+    def _at(self, time, ask):
+        values, ends = [], []
+        for part in self.parts[:-1]:
+            values.append(ask(part, time.within(part.length)))
+            ends.append(time.is_over(part.length))
+            time = time.since(part.length)
+        value = ask(self.parts[-1], time)
+        for end, before in zip(reversed(ends), reversed(values), strict=True):
+            value = arithmetic(end).where(end, value, before)
+        return value
+
+    def check_base(self, base):
+        _check_base(self.parts, base)
+
+    def validate(self, time):
+        for part in self.parts[:-1]:
+            time.must_hold(self, part.length)
+            part.validate(time.within(part.length))
+            time = time.since(part.length)
+        if self.parts[-1].length is not None and self.parts[-1].length.is_open:
+            time.must_go_on(self)
+        self.parts[-1].validate(time)
+
+    def __repr__(self):
+        return " >> ".join(self.bracketed(part, PRODUCT) for part in self.parts)
+
+
+class Changed(Expression):
+    """One schedule at another time."""
+
+    def _of(self, schedule):
+        self.schedule, self.length = schedule, schedule.length
+
+    is_factor = property(lambda self: self.schedule.is_factor)
+    stands_alone = property(lambda self: self.schedule.stands_alone)
+    initial = property(lambda self: self.schedule.initial)
+
+    def moved(self, time):
+        raise NotImplementedError
+
+    def value(self, time, base):
+        return self.schedule.value(self.moved(time), base)
+
+    def formula(self, time):
+        return self.schedule.formula(self.moved(time))
+
+    def check_base(self, base):
+        _check_base([self.schedule], base)
+
+    def validate(self, time):
+        self.schedule.validate(self.moved(time))
+
+    def __repr__(self):
+        method, arguments = self.called()
+        return f"{self.bracketed(self.schedule, TERMS)}.{method}({arguments})"
+
+
+@_keras.register
+class Repeated(Changed):
+    """`schedule.repeat(times)`."""
+
+    def __init__(self, schedule, times: int | None = None):
+        self._of(schedule)
+        self.times = checks.optional(checks.count(1))("times", times)
+        if self.length is None or self.length.is_open:
+            checks.refuse("schedule", "with a length, such as `.lasting(epochs=5)`, to be repeated", schedule)
+        self.cycle, self.length = self.length, None
+        if times is not None:
+            self.length = Length(*(None if n is None else n * times for n in (self.cycle.epochs, self.cycle.steps)))
+
+    def moved(self, time):
+        done, _ = time.cycles(self.cycle)
+        if self.times is not None:  # after the last, it stays at the end
+            done = arithmetic(done).minimum(done, self.times - 1)
+        return time.since(self.cycle, done).within(self.cycle)
+
+    def validate(self, time):
+        self.schedule.validate(time)
+
+    def called(self):
+        return "repeat", "" if self.times is None else str(self.times)
+
+
+@_keras.register
+class Offset(Changed):
+    """`schedule.offset(epochs=...)`."""
+
+    def __init__(self, schedule, *, epochs: float | None = None, steps: int | None = None):
+        self._of(schedule)
+        self.by = Length.of(epochs, steps, needed=True)
+        self.epochs, self.steps = self.by.epochs, self.by.steps
+
+    def moved(self, time):
+        return time.ahead(self.by)
+
+    def called(self):
+        return "offset", str(self.by)
+
+
+@_keras.register
+class Lasting(Changed):
+    """`schedule.lasting(epochs=...)`."""
+
+    def __init__(self, schedule, *, epochs: float | None = None, steps: int | None = None):
+        self._of(schedule)
+        self.length = Length.of(epochs, steps, needed=True)
+        self.epochs, self.steps = self.length.epochs, self.length.steps
+
+    def moved(self, time):
+        return time.within(self.length)
+
+    def called(self):
+        return "lasting", str(self.length)
+
+
+def _check_base(parts, base):
+    for part in parts:
+        part.check_base(base)

@@ -1,0 +1,217 @@
+"""The moment that a schedule is asked for, and lengths of time. Positions are integers: float32 is off past 2**24.
+
+A formula of time is written once, for tensors of a compiled step and for Python's numbers and NumPy's arrays alike:
+`arithmetic` gives it the functions for what it has, which have the same names in `keras.ops` and NumPy.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+from keras import ops
+
+from kopt import checks
+
+CLOCK = "origin", "epoch", "start", "batches", "accumulation", "epochs", "is_fresh"  # what a fit tells, in this order
+UNTOLD = (
+    "it counts epochs, or leaves its length open, and nobody has told it what they are: count in steps (`steps=`, "
+    "`every_steps=`, ...), or give `fit` any callback of kopt, such as `kopt.callbacks.RateMonitor()`"
+)
+UNKNOWN = (
+    "it needs to know how many batches an epoch has, and the data do not say: give `fit` `steps_per_epoch`, or count "
+    "in steps (`steps=`, `every_steps=`, ...)"
+)
+UNSEEN = "it counts epochs: give `steps_per_epoch`, too"
+
+
+@dataclass(frozen=True)
+class Length:
+    """So many epochs, or so many steps; with neither, as long as the whole `fit`."""
+
+    epochs: float | None = None
+    steps: int | None = None
+
+    @classmethod
+    def of(cls, epochs=None, steps=None, prefix="", needed=False) -> "Length":
+        """Judge the arguments `epochs` and `steps` of a schedule, which are called so after a prefix."""
+        names = f"{prefix}epochs", f"{prefix}steps"
+        epochs = checks.optional(checks.epochs)(names[0], epochs)
+        steps = checks.optional(checks.count(1))(names[1], steps)
+        if epochs is not None and steps is not None:
+            checks.refuse(names[1], f"None beside `{names[0]}` ({epochs!r})", steps)
+        if needed and epochs is None and steps is None:
+            checks.refuse(names[0], f"given, or `{names[1]}`", None)
+        return cls(epochs, steps)
+
+    @property
+    def is_open(self) -> bool:
+        return self.epochs is None and self.steps is None
+
+    def __add__(self, other) -> "Length | None":
+        """The sum of two lengths in one unit."""
+        if None not in (self.epochs, other.epochs):
+            return Length(epochs=self.epochs + other.epochs)
+        return Length(steps=self.steps + other.steps) if None not in (self.steps, other.steps) else None
+
+    def __str__(self):
+        return f"epochs={self.epochs}" if self.steps is None else f"steps={self.steps}"
+
+
+def arithmetic(*values):
+    """`keras.ops` for tensors, NumPy for anything else."""
+    return ops if any(map(ops.is_tensor, values)) else np
+
+
+def real(x):
+    """An integer as a float."""
+    return ops.cast(x, checks.held_dtype()) if ops.is_tensor(x) else x * 1.0
+
+
+def at_least(x, bound=0):
+    return arithmetic(x, bound).maximum(x, bound)
+
+
+def _sum(number, by, bound=0):
+    """The sum, but no less than a bound; None if one of the two is not known."""
+    return None if number is None or by is None else at_least(number + by, bound)
+
+
+class Time:
+    """A moment. Asked for what it was not told, it refuses.
+
+    Args:
+        steps: How many updates have been done.
+        done: How many batches have been done, in whole epochs and in this one.
+        epoch: How many epochs have been done.
+        batches: How many batches an epoch has.
+        total: How many batches there are from the first epoch to the end of the fit.
+        accumulation: How many batches an update has.
+        lacking: Why something may be missing, and what to do.
+    """
+
+    def __init__(self, steps, done=None, epoch=None, batches=None, total=None, accumulation=1, lacking=UNTOLD):
+        self._steps, self._done, self._epoch, self._batches, self._total = steps, done, epoch, batches, total
+        self.accumulation, self.lacking = accumulation, lacking
+
+    @classmethod
+    def told(cls, steps, clock) -> "Time":
+        """What the optimizer's count of updates is, by the clock of a fit.
+
+        Of one that does not know how many batches an epoch has, it is asked for nothing but steps and whole epochs.
+        """
+        origin, epoch, start, batches, accumulation, epochs, _ = clock
+        within = arithmetic(steps, batches).minimum((steps - start) * accumulation, batches)
+        return cls(steps - origin, epoch * batches + within, epoch, batches, epochs * batches, accumulation)
+
+    @classmethod
+    def of_steps(cls, steps, total, batches=None) -> "Time":
+        """What it is after so many steps, of so many in all, if an epoch has so many."""
+        epoch = None if batches is None else steps // batches
+        return cls(steps, steps, epoch, batches, total, lacking=UNSEEN)
+
+    def _told(self, name):
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(self.lacking)
+        return value
+
+    steps = property(lambda self: self._told("_steps"))
+    done = property(lambda self: self._told("_done"))
+    batches = property(lambda self: self._told("_batches"))
+    total = property(lambda self: self._told("_total"))
+
+    @property
+    def epoch(self):
+        if self._epoch is None and self._done is not None and self._batches is not None:
+            return self._done // self._batches
+        return self._told("_epoch")
+
+    def measure(self, length):
+        """Where this moment is in a time of some length, and how long that is: two integers of one unit."""
+        if length.steps is not None:
+            return self.steps, length.steps
+        return self.done, self.batches_in(length)
+
+    def batches_in(self, length):
+        """How many batches it is."""
+        if length.is_open:
+            return self.total
+        if length.steps is not None:
+            return length.steps * self.accumulation
+        batches = length.epochs * self.batches if isinstance(length.epochs, int) else None
+        if batches is None:
+            batches = arithmetic(self.batches).round(length.epochs * real(self.batches))
+            batches = at_least(ops.cast(batches, "int32") if ops.is_tensor(batches) else int(batches), 1)
+        return batches
+
+    def must_hold(self, schedule, *lengths) -> None:
+        """Refuse a fit, of which this is the first moment, that is shorter than these lengths together."""
+        if self._total is None:
+            return
+        needed = sum(self.batches_in(length) for length in lengths)
+        if needed > self.total:
+            raise ValueError(f"{schedule} takes {needed} batches, but there are only {max(self.total, 0)} for it.")
+
+    def must_go_on(self, schedule) -> None:
+        """Refuse a fit that is over before the last part of a schedule begins."""
+        if self._total is not None and self.total <= 0:
+            raise ValueError(f"{schedule} leaves no time for its last part: the fit is over before it.")
+
+    def is_over(self, length):
+        """Whether so much time has passed."""
+        if isinstance(length.epochs, int):  # needs no count of batches
+            return self.epoch >= length.epochs
+        position, whole = self.measure(length)
+        return position >= whole
+
+    def share(self, length):
+        """How much of it has passed, from 0 to 1."""
+        position, whole = self.measure(length)
+        xp = arithmetic(position, whole)
+        return real(xp.minimum(position, whole)) / real(whole)
+
+    def cycles(self, length):
+        """How many such cycles have passed, an integer, and how much of this one, below 1."""
+        position, whole = self.measure(length)
+        return position // whole, real(position % whole) / real(whole)
+
+    def units(self, per, unit_steps):
+        """The time in units, of an epoch or of so many steps: whole ones if `per` is "epoch", and otherwise exactly."""
+        if unit_steps is not None:
+            whole, part, unit = self.steps // unit_steps, self.steps % unit_steps, unit_steps
+        elif per == "epoch":
+            return real(self.epoch)
+        else:
+            whole, part, unit = self.epoch, self.done - self.epoch * self.batches, self.batches
+        return real(whole) if per == "epoch" else real(whole) + real(part) / real(unit)
+
+    def since(self, length, times=1):
+        """This moment, counted from the end of so long a time; 0 before that."""
+        return self._moved(length, -times)
+
+    def ahead(self, length):
+        """The moment so much later, in a fit that is so much longer."""
+        return self._moved(length, 1)
+
+    def _moved(self, length, times):
+        moved = copy.copy(self)
+        steps = batches = None
+        if length.steps is not None:
+            steps, batches = length.steps * times, length.steps * times * self.accumulation
+        elif self._batches is not None:
+            batches = self.batches_in(length) * times
+            steps = batches // self.accumulation
+        moved._steps = _sum(self._steps, steps)
+        moved._done = _sum(self._done, batches)
+        moved._total = _sum(self._total, batches, bound=-(2**31))
+        moved._epoch = _sum(self._epoch, length.epochs * times) if isinstance(length.epochs, int) else None
+        return moved
+
+    def within(self, length):
+        """The same moment of a fit of this length."""
+        moved = copy.copy(self)
+        known = length.steps is not None or self._batches is not None
+        moved._total = self.batches_in(length) if known else None
+        if length.steps is not None:  # then `done` must count the same
+            moved._done = self.steps * self.accumulation
+        return moved
