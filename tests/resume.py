@@ -135,6 +135,15 @@ def scheduled(rate):
     return ADAM(keras.optimizers.schedules.ExponentialDecay(rate, 3, 0.5))
 
 
+def one_cycle():
+    return kopt.callbacks.OneCycle(0.1)
+
+
+def following(rate):
+    """A learning rate that any callback of kopt tells how long the fit is."""
+    return ADAM(kopt.schedules.WarmUp(steps=5) >> kopt.schedules.CosineDecay(initial=rate))
+
+
 def smaller():
     return keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.9)
 
@@ -163,6 +172,7 @@ CALLBACK_STATE = (
     "best_weights",
     "seen",
     "found",
+    "history",
     "_batches_seen_since_last_saving",
 )
 ADAM = keras.optimizers.Adam
@@ -192,6 +202,24 @@ SCENARIOS = EIGHT | {
     "execution": Scenario(compiled={"steps_per_execution": 3}, steps=3),
     "scaled": Scenario(scaled, steps=3),
     "schedule": Scenario(scheduled, steps=5),
+    "schedules": Scenario(
+        ADAM,
+        callbacks=(
+            lambda: kopt.callbacks.WarmUp(epochs=1.5),
+            kopt.callbacks.CosineDecay,
+            lambda: kopt.callbacks.Schedule("beta_2", kopt.schedules.Linear(0.9, 0.99, initial=1.0)),
+            lambda: plateau(patience=0, min_delta=1e9),
+            kopt.callbacks.RateMonitor,
+        ),
+        steps=3,
+    ),
+    "one_cycle": Scenario(
+        kopt.SGD,
+        {"momentum": 0.9, "gradient_accumulation_steps": 3, "nonfinite": "skip"},
+        callbacks=(one_cycle,),
+        steps=3,
+    ),
+    "following": Scenario(following, steps=3),
     "narrow": Scenario(layer=lambda: layers.Dense(3, dtype="bfloat16"), steps=3),
     "cut": Scenario(fit={"steps_per_epoch": 3}, steps=2),
     "seek": Scenario(data=lambda: (kopt.data.seekable(Batches(1, workers=2), shuffle=True), None), steps=3),

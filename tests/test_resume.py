@@ -21,7 +21,7 @@ pytestmark = [
 KILLS = int(os.environ.get("KOPT_SOAK", 30 if BACKEND == "tensorflow" else 5))
 SEED = int(os.environ.get("KOPT_SEED", 0))
 HOOKS = [("on_train_batch_end", 21), ("on_epoch_begin", 3), ("on_epoch_end", 1), ("on_train_batch_end", 13)]
-WHERE = dict(zip(SCENARIOS, HOOKS * 6, strict=False))  # each scenario is killed in one of these
+WHERE = dict(zip(SCENARIOS, HOOKS * 9, strict=False))  # each scenario is killed in one of these
 WHERE["everything"] = ("on_epoch_begin", 3)  # where what is drawn is restored once, not once more before a batch
 
 

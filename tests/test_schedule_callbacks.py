@@ -1,14 +1,19 @@
 """Schedules in `fit`: the rates that reach the weights, whatever the optimizer, the backend and the way it compiles."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
 import kopt
+import kopt.callbacks as kc
 import kopt.schedules as ks
 from tests.catalog import BATCHES, EPOCHS, SCHEDULES, STEPS
 from tests.conftest import BACKEND
+from tests.test_distribution import JAX, TENSORFLOW, many_devices
+from tests.training import AtEpoch
 
 Multi, Map, Scaled = keras.optimizers.MultiOptimizer, keras.optimizers.OptimizerMap, keras.optimizers.LossScaleOptimizer
 RATE = 0.5
@@ -35,7 +40,7 @@ class Ones(keras.utils.PyDataset):
 
     def __getitem__(self, i):
         i += self.epoch * self.batches
-        return self.rows[i : i + 1], np.zeros((1, 1), "float32")
+        return self.rows[[i, i]], np.zeros((2, 1), "float32")
 
 
 class Epoch(keras.callbacks.Callback):
@@ -93,3 +98,514 @@ def test_the_rates_that_reach_the_weights(row, make, way):
     near(history["learning_rate"], expected[BATCHES - 1 :: BATCHES])
     assert float(ops.convert_to_numpy(model.optimizer.learning_rate)) == pytest.approx(scale)
     assert len(model.optimizer.variables) <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("row", "make", "way"), EVERY)
+def test_a_schedule_as_the_learning_rate_itself(row, make, way):
+    """Told by any callback of kopt how long the fit is; one that needs nothing is told nothing."""
+    optimizer = make()
+    schedule = row.by_itself()
+    optimizer = type(optimizer)(schedule)
+    callbacks = [kc.RateMonitor()] if schedule.needs_clock() else []
+    rates, history = weigh(weighing(optimizer, **way), callbacks)
+    expected = row.values(range(STEPS), STEPS)
+    near(rates, expected)
+    if callbacks:
+        near(history["learning_rate"], expected[BATCHES - 1 :: BATCHES])
+        near(callbacks[0].history["learning_rate"], expected)
+
+
+def cosine(steps, total):
+    return (1 + np.cos(np.pi * np.asarray(steps) / total)) / 2
+
+
+every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+@every_optimizer
+def test_factors_multiply_in_any_order(make):
+    expected = (
+        RATE * cosine(range(STEPS), STEPS) * np.minimum(np.arange(STEPS) / 10, 1) * 0.5 ** (np.arange(STEPS) // 5)
+    )
+    parts = [lambda: kc.WarmUp(epochs=2), kc.CosineDecay, lambda: kc.StepDecay(0.5, every_epochs=1)]
+    for order in (parts, parts[::-1]):
+        rates, history = weigh(weighing(make()), [part() for part in order])
+        near(rates, expected)
+        near(history["learning_rate"], expected[BATCHES - 1 :: BATCHES])
+
+
+@every_optimizer
+def test_a_factor_beside_a_value_of_its_own(make):
+    rates, _ = weigh(weighing(make()), [kc.WarmUp(epochs=1), kc.OneCycle(1.0, momentum=None)])
+    near(rates, ks.OneCycle(1.0).preview(STEPS) * np.minimum(np.arange(STEPS) / 5, 1))
+
+
+def test_two_values_of_their_own_are_refused_before_a_step():
+    model = weighing(kopt.SGD(RATE, momentum=0.9))
+    both = [kc.MomentumAnneal(), kc.OneCycle(1.0)]
+    with pytest.raises(ValueError, match=r"only one gives `momentum` a value of its own.*Received: callbacks="):
+        weigh(model, both)
+    assert int(model.optimizer.iterations) == 0
+    assert float(model.optimizer.learning_rate) == RATE
+    assert model.optimizer.momentum == 0.9
+    assert "apply" not in vars(model.optimizer)
+    weigh(model, [kc.MomentumAnneal(), kc.OneCycle(1.0, momentum=None)])
+
+
+class Halve(keras.callbacks.Callback):
+    """Writes to the learning rate, as ReduceLROnPlateau does."""
+
+    def __init__(self, epoch, hook="on_epoch_end"):
+        super().__init__()
+        setattr(self, hook, lambda at, logs=None: at == epoch and self.halve())
+
+    def halve(self):
+        rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
+        self.model.optimizer.learning_rate = 0.5 * rate
+
+
+@every_optimizer
+@pytest.mark.parametrize("hook", ["on_epoch_end", "on_epoch_begin"])
+@pytest.mark.parametrize("first", [True, False])
+def test_what_others_write_changes_the_rate_in_that_ratio(make, hook, first):
+    parts = [kc.CosineDecay(), kc.WarmUp(epochs=2)]
+    halve = Halve(1, hook)
+    model = weighing(make())
+    rates, _ = weigh(model, [halve, *parts] if first else [*parts, halve])
+    expected = RATE * cosine(range(STEPS), STEPS) * np.minimum(np.arange(STEPS) / 10, 1)
+    expected[(10 if hook == "on_epoch_end" else 5) :] /= 2
+    near(rates, expected)
+    assert float(ops.convert_to_numpy(model.optimizer.learning_rate)) == pytest.approx(RATE / 2)
+
+
+def test_plateau_and_schedule_compose():
+    plateau = keras.callbacks.ReduceLROnPlateau("loss", 0.1, patience=1, min_delta=1e9, verbose=0)
+    model = weighing(keras.optimizers.SGD(RATE))
+    rates, history = weigh(model, [kc.CosineDecay(), plateau])
+    drops = np.repeat([1, 1, 0.1, 0.01], BATCHES)
+    near(rates, RATE * cosine(range(STEPS), STEPS) * drops)
+    near(history["learning_rate"], rates[BATCHES - 1 :: BATCHES])
+
+
+def test_a_write_after_the_last_step_counts_too():
+    model = weighing(keras.optimizers.SGD(RATE))
+    weigh(model, [kc.CosineDecay(), Halve(EPOCHS - 1)])
+    assert float(ops.convert_to_numpy(model.optimizer.learning_rate)) == pytest.approx(RATE / 2)
+
+
+def test_a_write_to_a_rate_of_zero_is_no_division_by_zero():
+    model = weighing(keras.optimizers.SGD(RATE))
+    write = AtEpoch(1, lambda model: setattr(model.optimizer, "learning_rate", 0.3))
+    rates, _ = weigh(model, [kc.Staircase([1, 2], [0.0, 1.0]), AtEpoch(2, write.action)])
+    near(rates, RATE * np.repeat([1, 0, 1, 1], BATCHES))
+
+
+@every_optimizer
+def test_the_rate_in_use_is_what_others_read(make):
+    seen = []
+
+    class Read(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append(float(ops.convert_to_numpy(self.model.optimizer.learning_rate)))
+
+    model = weighing(make())
+    rates, _ = weigh(model, [Read(), kc.CosineDecay()])
+    near(seen, rates[BATCHES - 1 :: BATCHES])
+    assert float(ops.convert_to_numpy(model.optimizer.learning_rate)) == RATE
+
+
+def stock_schedule():
+    return keras.optimizers.schedules.ExponentialDecay(RATE, 4, 0.5)
+
+
+SOURCES = {
+    "stock": (stock_schedule, RATE * 0.5 ** (np.arange(STEPS) / 4)),
+    "kopt": (lambda: ks.PolynomialDecay(1.0, initial=RATE), RATE * (1 - np.arange(STEPS) / STEPS)),
+    "callable": (lambda: lambda: 0.25, np.full(STEPS, 0.25)),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("cls", [kopt.SGD, keras.optimizers.SGD])
+def test_a_rate_that_is_a_schedule_is_multiplied(source, cls):
+    make, values = SOURCES[source]
+    optimizer = cls(make())
+    own = optimizer._learning_rate
+    model = weighing(optimizer)
+    rates, history = weigh(model, [kc.CosineDecay(), kc.WarmUp(epochs=1)])
+    expected = values * cosine(range(STEPS), STEPS) * np.minimum(np.arange(STEPS) / 5, 1)
+    near(rates, expected)
+    near(history["learning_rate"], expected[BATCHES - 1 :: BATCHES])
+    assert optimizer._learning_rate is own
+
+
+@pytest.mark.parametrize("cls", [kopt.SGD, keras.optimizers.SGD])
+def test_time_is_counted_in_updates(cls):
+    """Accumulation over two of five batches: an update now and then has batches of two epochs."""
+    model = weighing(cls(RATE, gradient_accumulation_steps=2))
+    rates, _ = weigh(model, [kc.Staircase([3, 6], [0.5, 0.1], per="step")])
+    near(rates, RATE / 2 * np.repeat([1, 1, 1, 0.5, 0.5, 0.5, 0.1, 0.1, 0.1, 0.1], 2))
+    model = weighing(cls(RATE, gradient_accumulation_steps=5))
+    rates, _ = weigh(model, [kc.StepDecay(0.5, every_epochs=1)])
+    near(rates, RATE / 5 * np.repeat(0.5 ** np.arange(4), 5))
+    model = weighing(cls(RATE, gradient_accumulation_steps=5))
+    rates, history = weigh(model, [kc.CosineDecay()])
+    near(rates, RATE / 5 * np.repeat(cosine(range(4), 4), 5))
+    near(history["learning_rate"], RATE * cosine(range(4), 4))
+
+
+@pytest.mark.parametrize("inner", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_within_a_loss_scale_optimizer(inner):
+    model = weighing(Scaled(inner(), initial_scale=4.0))
+    rates, history = weigh(model, [kc.CosineDecay(), Halve(1)])
+    expected = RATE * cosine(range(STEPS), STEPS)
+    expected[10:] /= 2
+    near(rates, expected)
+    near(history["learning_rate"], expected[BATCHES - 1 :: BATCHES])
+
+
+def test_steps_that_overflow_do_not_count():
+    """An epoch is an epoch, however many of its updates a loss scale has dropped."""
+    model = weighing(Scaled(kopt.SGD(RATE), initial_scale=float(2**127) * 1.5, dynamic_growth_steps=10**6))
+    monitor = kc.RateMonitor()
+    rates, _ = weigh(model, [kc.StepDecay(0.5, every_epochs=1), monitor])
+    done = int(ops.convert_to_numpy(model.optimizer.inner_optimizer.iterations))
+    assert len(monitor.history["learning_rate"]) == done
+    near(rates[rates > 0], RATE * np.repeat(0.5 ** np.arange(EPOCHS), BATCHES)[rates > 0])
+
+
+def test_each_of_several_optimizers_keeps_its_own():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((STEPS,))
+    one = {"use_bias": False, "kernel_initializer": "zeros"}
+    outputs = keras.layers.Add()([keras.layers.Dense(1, name=name, **one)(inputs) for name in ("left", "right")])
+    model = keras.Model(inputs, outputs)
+    optimizer = Multi(Map(kopt.SGD(0.1, name="ours"), {".*right.*": keras.optimizers.SGD(0.4, name="theirs")}))
+    model.compile(optimizer, loss=lambda true, predicted: ops.mean(predicted))
+    data = Ones(BATCHES, STEPS)
+    history = model.fit(data, epochs=EPOCHS, shuffle=False, verbose=0, callbacks=[Epoch(data), kc.CosineDecay()])
+    left, right = (-weights[:, 0] for weights in model.get_weights())
+    near(left, 0.1 * cosine(range(STEPS), STEPS))
+    near(right, 0.4 * cosine(range(STEPS), STEPS))
+    near(history.history["learning_rate_theirs"], right[BATCHES - 1 :: BATCHES])
+
+
+def test_momentum_goes_the_other_way():
+    """The weight of the first step moves on by momentum: m1 + m1 m2 + ..."""
+    model = weighing(kopt.SGD(0.01, momentum=0.9))
+    cycle = kc.OneCycle(1.0, peak_at=0.5)
+    rates, history = weigh(model, [cycle])
+    rate, momentum = cycle.schedule.preview(STEPS), cycle.other_way.preview(STEPS)
+    assert momentum[0] == pytest.approx(0.95)
+    assert momentum[STEPS // 2] == pytest.approx(0.85)
+    for i in (0, 7):
+        near(rates[i], rate[i] * (1 + np.cumprod(momentum[i + 1 :]).sum()))
+    near(history["momentum"], momentum[BATCHES - 1 :: BATCHES])
+    assert model.optimizer.momentum == 0.9
+
+
+@pytest.mark.parametrize("cls", [kopt.Adam, keras.optimizers.Adam])
+def test_one_cycle_drives_beta_1_of_adam(cls):
+    model = weighing(cls(0.01))
+    cycle = kc.OneCycle(0.1)
+    _, history = weigh(model, [cycle])
+    near(history["beta_1"], cycle.other_way.preview(STEPS)[BATCHES - 1 :: BATCHES])
+    assert model.optimizer.beta_1 == 0.9
+
+
+FLOATS = {  # what can be driven of Keras's optimizers, and of kopt's beside the rate
+    "beta_1": (keras.optimizers.Adam, {}, kopt.Adam),
+    "beta_2": (keras.optimizers.Adam, {}, kopt.Adam),
+    "rho": (keras.optimizers.RMSprop, {}, kopt.RMSprop),
+    "weight_decay": (keras.optimizers.AdamW, {"weight_decay": 0.1}, kopt.AdamW),
+    "momentum": (None, {"momentum": 0.5}, kopt.SGD),
+    "epsilon": (None, {}, kopt.Adam),
+    "clipnorm": (None, {"clipnorm": 1.0}, kopt.SGD),
+}
+
+
+class Assigned(keras.callbacks.Callback):
+    """The same by hand, one step at a time, without a compiled step."""
+
+    def __init__(self, name, values):
+        super().__init__()
+        self.name, self.values, self.step = name, values, 0
+
+    def on_train_batch_begin(self, batch, logs=None):
+        setattr(self.model.optimizer, self.name, float(self.values[self.step]))
+        self.step += 1
+
+
+BOTH = [(name, cls, more) for name, (stock, more, ours) in FLOATS.items() for cls in (stock, ours) if cls]
+
+
+@pytest.mark.parametrize(("name", "cls", "arguments"), BOTH)
+def test_other_numbers_follow_a_schedule(name, cls, arguments):
+    high = {"epsilon": 1e-2, "clipnorm": 1.0, "weight_decay": 0.2}.get(name, 0.9)
+    schedule = ks.Linear(high, high / 2, initial=1.0)
+    model = weighing(cls(0.1, **arguments))
+    model.set_weights([np.ones((STEPS, 1))])
+    rates, history = weigh(model, [kc.Schedule(name, schedule)])
+    near(history[name], schedule.preview(STEPS)[BATCHES - 1 :: BATCHES])
+    by_hand = weighing(cls(0.1, **arguments), run_eagerly=True)
+    by_hand.set_weights([np.ones((STEPS, 1))])
+    expected, _ = weigh(by_hand, [Assigned(name, schedule.preview(STEPS))])
+    near(rates, expected, rtol=1e-4)
+    assert np.abs(rates - weigh(fresh(cls(0.1, **arguments)), [])[0]).max() > 1e-4
+
+
+def fresh(optimizer):
+    model = weighing(optimizer)
+    model.set_weights([np.ones((STEPS, 1))])
+    return model
+
+
+@TENSORFLOW
+@pytest.mark.parametrize("make", [*OPTIMIZERS.values(), lambda: kopt.SGD(RATE, gradient_accumulation_steps=5)])
+def test_under_a_strategy(make):
+    one, alone = weigh(weighing(make()), [kc.CosineDecay(), kc.WarmUp(epochs=1), Halve(1)])
+    with many_devices():
+        model = weighing(make())
+    rates, history = weigh(model, [kc.CosineDecay(), kc.WarmUp(epochs=1), Halve(1)])
+    near(rates, 2 * one)  # the sum of the gradients of two replicas, each 1
+    near(history["learning_rate"], alone["learning_rate"])
+
+
+@TENSORFLOW
+def test_accumulation_of_keras_under_a_strategy_is_refused():
+    with many_devices():
+        model = weighing(keras.optimizers.SGD(RATE, gradient_accumulation_steps=2))
+    with pytest.raises(ValueError, match="use one of kopt's optimizers"):
+        weigh(model, [kc.CosineDecay()])
+
+
+@TENSORFLOW
+def test_a_float_of_keras_under_a_strategy():
+    with many_devices():
+        model = weighing(keras.optimizers.Adam(0.1))
+    beta = ks.Linear(0.9, 0.4, initial=1.0)
+    rates, _ = weigh(model, [kc.Schedule("beta_1", beta)])
+    near(rates, weigh(weighing(keras.optimizers.Adam(0.1)), [kc.Schedule("beta_1", beta)])[0], rtol=1e-4)
+    assert model.optimizer.beta_1 == 0.9
+
+
+@JAX
+def test_distributed_on_jax():
+    rows = 8
+
+    def train(scope):
+        with scope:
+            model = weighing(keras.optimizers.SGD(RATE))
+            x = np.repeat(np.eye(STEPS, dtype="float32")[:BATCHES], rows, 0)
+            model.fit(x, np.zeros((len(x), 1)), batch_size=rows, epochs=EPOCHS, shuffle=False, verbose=0,
+                      callbacks=[kc.CosineDecay(), kc.WarmUp(epochs=1)])  # fmt: skip
+            return model.get_weights()[0]
+
+    near(train(many_devices()), train(contextlib.nullcontext()))
+
+
+# Continuity
+
+
+@every_optimizer
+@pytest.mark.parametrize("again", ["the same callback", "another"])
+def test_a_second_fit_begins_at_initial_epoch(make, again):
+    schedule = lambda: kc.CosineDecay(epochs=EPOCHS)  # noqa: E731
+    whole, _ = weigh(weighing(make()), [schedule()])
+    model, callback = weighing(make()), schedule()
+    first, _ = weigh(model, [callback], epochs=2)
+    assert float(ops.convert_to_numpy(model.optimizer.learning_rate)) == RATE
+    callback = callback if again == "the same callback" else schedule()
+    second, _ = weigh(model, [callback], initial_epoch=2)
+    near(first + second, whole)
+    third, _ = weigh(model, [callback])  # from the beginning again
+    near(third, whole)
+
+
+def test_a_new_process_goes_on_where_it_is_told(tmp_path):
+    """The file of a ModelCheckpoint, written while a schedule runs, holds the optimizer's own rate."""
+    whole, _ = weigh(weighing(kopt.SGD(RATE)), [kc.CosineDecay(epochs=EPOCHS), kc.WarmUp(epochs=1)])
+    model = weighing(kopt.SGD(RATE))
+    model.compile(kopt.SGD(RATE), loss="mae")
+    path = str(tmp_path / "at_{epoch}.keras")
+    weigh(model, [kc.CosineDecay(), keras.callbacks.ModelCheckpoint(path)], epochs=2)
+    loaded = keras.models.load_model(path.format(epoch=1))
+    assert loaded.optimizer.get_config()["learning_rate"] == RATE
+    assert float(ops.convert_to_numpy(loaded.optimizer.learning_rate)) == RATE
+    assert int(loaded.optimizer.iterations) == BATCHES
+    loaded.compile(loaded.optimizer, loss=lambda true, predicted: ops.mean(predicted))
+    rates, _ = weigh(loaded, [kc.CosineDecay(epochs=EPOCHS), kc.WarmUp(epochs=1)], initial_epoch=1)
+    near(rates[BATCHES:], whole[BATCHES:])
+
+
+def test_weights_loaded_in_mid_fit_bring_their_own_rate(tmp_path):
+    other = weighing(kopt.SGD(RATE / 2))
+    other.optimizer.build(other.trainable_variables)
+    other.optimizer.iterations.assign(2 * BATCHES)
+    path = str(tmp_path / "other.weights.h5")
+    other.save_weights(path)
+    model = weighing(kopt.SGD(RATE))
+
+    class Load(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                before = self.model.get_weights()
+                self.model.load_weights(path)
+                self.model.set_weights(before)
+
+    rates, _ = weigh(model, [kc.CosineDecay(), Load()])
+    expected = RATE * cosine(range(STEPS), STEPS)
+    expected[10:] /= 2
+    near(rates, expected)
+    assert float(model.optimizer.learning_rate) == RATE / 2
+
+
+def test_an_open_schedule_is_bound_by_each_fit_without_another_trace():
+    traces = []
+
+    class Counted(keras.layers.Layer):
+        def call(self, inputs):
+            traces.append(1)
+            return inputs
+
+    model = keras.Sequential(
+        [keras.Input((STEPS,)), keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros"), Counted()]
+    )
+    rate = ks.CosineDecay(initial=RATE)
+    model.compile(keras.optimizers.SGD(rate), loss=lambda true, predicted: ops.mean(predicted))
+    plain = kopt.callbacks.base.Callback
+    near(weigh(model, [plain()])[0], RATE * cosine(range(STEPS), STEPS))
+    done = len(traces)
+    near(weigh(model, [plain()], epochs=2)[0][:10], RATE * cosine(range(10), 10))
+    near(weigh(model, [plain()], initial_epoch=1)[0][5:], RATE * cosine(range(5, 20), STEPS))
+    if BACKEND != "torch":  # which calls the layer at each step
+        assert len(traces) == done
+
+
+def test_an_open_schedule_leaves_files_as_they_are(tmp_path):
+    def make():
+        return weighing(keras.optimizers.SGD(ks.CosineDecay(initial=RATE), momentum=0.9))
+
+    model = make()
+    checkpoint = keras.callbacks.ModelCheckpoint(str(tmp_path / "at_{epoch}.weights.h5"), save_weights_only=True)
+    weigh(model, [kc.RateMonitor(), checkpoint])
+    model.save_weights(tmp_path / "end.weights.h5")
+    for name in ("at_4.weights.h5", "end.weights.h5"):
+        fresh = make()
+        fresh.optimizer.build(fresh.trainable_variables)
+        fresh.load_weights(tmp_path / name)
+        assert int(fresh.optimizer.iterations) == STEPS
+        near(ops.convert_to_numpy(fresh.optimizer.momentums[0]), ops.convert_to_numpy(model.optimizer.momentums[0]))
+
+
+def test_an_open_schedule_that_nobody_binds_says_what_to_do():
+    for cls in (kopt.SGD, keras.optimizers.SGD):
+        model = weighing(cls(ks.CosineDecay(initial=RATE)))
+        with pytest.raises(ValueError, match=r"CosineDecay.* cannot say its value.*`steps=`.*callback of kopt"):
+            weigh(model, [])
+
+
+# What cannot be
+
+
+def generated(steps, rounds=1):
+    rows = np.eye(STEPS, dtype="float32")
+    for _ in range(rounds):
+        for i in range(steps):
+            yield rows[[i, i]], np.zeros((2, 1), "float32")
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_epochs_of_unknown_length_are_counted_all_the_same():
+    """An epoch of seven steps, which nobody knows before."""
+    model = weighing(keras.optimizers.SGD(RATE))
+    for callbacks, error in (
+        ([kc.StepDecay(0.5, every_epochs=1)], None),
+        ([kc.CosineDecay()], "CosineDecay.* give `fit` `steps_per_epoch`"),
+        ([kc.WarmUp(epochs=1)], "WarmUp.* give `fit` `steps_per_epoch`"),
+        ([kc.CosineDecay(steps=7)], None),
+        ([kc.RateMonitor()], "`capacity` must be given"),
+        ([kc.RateMonitor(capacity=7)], None),
+    ):
+        act = lambda callbacks=callbacks: model.fit(  # noqa: E731
+            generated(7), shuffle=False, verbose=0, callbacks=callbacks
+        )
+        if error:
+            with pytest.raises(ValueError, match=error):
+                act()
+        else:
+            act()
+    assert len(callbacks[0].history["learning_rate"]) == 7
+
+
+def test_steps_per_epoch_says_how_long_an_endless_epoch_is():
+    model = weighing(keras.optimizers.SGD(RATE))
+    data = generated(STEPS, 9)
+    model.fit(data, steps_per_epoch=5, epochs=4, shuffle=False, verbose=0, callbacks=[kc.CosineDecay()])
+    near(-model.get_weights()[0][:, 0], RATE * cosine(range(STEPS), STEPS))
+
+
+REFUSED = {
+    "longer than the fit": (
+        kopt.SGD,
+        {},
+        lambda: kc.WarmUp(epochs=9),
+        r"WarmUp\(epochs=9\) takes 45 batches.* only 20",
+    ),
+    "in steps": (kopt.SGD, {}, lambda: kc.WarmUp(steps=21), r"takes 21 batches.* only 20"),
+    "nothing left": (
+        kopt.SGD,
+        {},
+        lambda: kc.Schedule("learning_rate", ks.WarmUp(epochs=4) >> ks.CosineDecay()),
+        "leaves no time for its last part",
+    ),
+    "no room for two": (
+        kopt.SGD,
+        {},
+        lambda: kc.Schedule("learning_rate", ks.WarmUpStableDecay(warmup_epochs=2, decay_epochs=3)),
+        "takes 25 batches",
+    ),
+    "unknown": (kopt.SGD, {}, lambda: kc.Schedule("beta_1", ks.Linear()), r"this SGD: learning_rate.*='beta_1'"),
+    "no number": (kopt.SGD, {}, lambda: kc.Schedule("weight_decay", ks.Linear()), "this SGD"),
+    "no slot": (kopt.SGD, {}, kc.MomentumAnneal, "built with momentum=0"),
+    "fixed by Keras": (keras.optimizers.SGD, {"momentum": 0.9}, kc.MomentumAnneal, "use kopt.SGD"),
+    "fixed by Keras too": (keras.optimizers.RMSprop, {}, lambda: kc.OneCycle(1.0), "use kopt.RMSprop"),
+    "unknown to Keras": (keras.optimizers.Adam, {}, lambda: kc.Schedule("rho", ks.Linear()), "this Adam"),
+    "no momentum": (kopt.Adagrad, {}, lambda: kc.OneCycle(1.0), "this Adagrad"),
+    "beyond": (
+        kopt.SGD,
+        {"momentum": 0.9},
+        lambda: kc.Schedule("momentum", ks.Linear(0.5, 1.0, initial=1.1)),
+        r"`momentum` must be a number in \[0, 1\)",
+    ),
+    "beyond by a factor": (
+        keras.optimizers.Adam,
+        {},
+        lambda: kc.Schedule("beta_1", ks.Linear(1.0, 2.0)),
+        r"`beta_1` must be a number in \[0, 1\)",
+    ),
+    "too low": (kopt.SGD, {}, lambda: kc.CyclicalRate(0.1, cycle_epochs=2), "at least the lowest value, which is 0.5"),
+    "monitored": (kopt.SGD, {}, lambda: kc.RateMonitor("rho"), "`hyperparameters` must be of those of this SGD"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused_before_a_step(case):
+    cls, arguments, callback, says = REFUSED[case]
+    model = weighing(cls(RATE, **arguments))
+    with pytest.raises(ValueError, match=says):
+        weigh(model, [callback()])
+    assert int(model.optimizer.iterations) == 0
+    assert not model.get_weights()[0].any()
+    assert float(model.optimizer.learning_rate) == RATE
+    assert "apply" not in vars(model.optimizer)
+    weigh(model, [kc.CosineDecay()])
+
+
+def test_nothing_is_called_for_each_batch():
+    """JAX goes on without waiting, and steps can be many in one execution."""
+    for row in DRIVEN:
+        callback = row.callback(**row.arguments)
+        for hook in ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end"):
+            assert getattr(type(callback), hook) is getattr(keras.callbacks.Callback, hook)

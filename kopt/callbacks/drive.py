@@ -34,9 +34,7 @@ class Drive:
     def join(self, schedule, clock) -> None:
         both = [one for one, _ in self.schedules if not one.is_factor] + [schedule]
         if len(both) > 1 and not schedule.is_factor:
-            allowed = (
-                f"such that one of them at most gives `{self.name}` a value of its own; the others must be factors"
-            )
+            allowed = f"such that only one gives `{self.name}` a value of its own, and the others are factors"
             checks.refuse("callbacks", allowed, both)
         self.schedules.append((schedule, clock))
 

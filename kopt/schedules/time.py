@@ -100,7 +100,7 @@ class Time:
         Of one that does not know how many batches an epoch has, it is asked for nothing but steps and whole epochs.
         """
         origin, epoch, start, batches, accumulation, epochs, _ = clock
-        within = arithmetic(steps, batches).minimum((steps - start) * accumulation, batches)
+        within = at_least(arithmetic(steps, batches).minimum((steps - start) * accumulation, batches))
         return cls(steps - origin, epoch * batches + within, epoch, batches, epochs * batches, accumulation)
 
     @classmethod
