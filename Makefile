@@ -9,7 +9,7 @@ OUT ?= out/quickstart
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: help demo test test-all test-tensorflow test-jax test-torch test-slow soak compare-resume lint format bench
-.PHONY: bench-conditions bench-backup clean
+.PHONY: bench-conditions bench-backup bench-schedules clean
 .DEFAULT_GOAL := help
 
 help:  ## List what make can do
@@ -60,6 +60,9 @@ bench-conditions: $(VENV)/.$(or $(filter jax,$(KERAS_BACKEND)),dev)  ## Time the
 
 bench-backup: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time a save of BackupAndRestore beside Keras's
 	$(BIN)/python tests/bench/backup.py $(if $(SMOKE),--smoke)
+
+bench-schedules: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time a training step with and without a schedule in it
+	$(BIN)/python tests/bench/schedules.py $(if $(SMOKE),--smoke)
 
 clean:  ## Remove what make has made
 	rm -rf .venv .venv-lowest out build dist .pytest_cache .ruff_cache .hypothesis

@@ -183,6 +183,18 @@ def demanded(conditions, complaints, after):
     return tf.control_dependencies(asserts)
 
 
+def after(gradients):
+    """A context for what TensorFlow does only once there are gradients.
+
+    Where data end without having said so, Keras learns it from a last step that breaks off: what in it does not hang on
+    the data is done all the same.
+    """
+    known = [gradient for gradient in gradients if gradient is not None]
+    if BACKEND != "tensorflow" or tf.executing_eagerly() or not known:
+        return contextlib.nullcontext()
+    return tf.control_dependencies([entries(known[0])])
+
+
 # Where a variable is
 
 

@@ -61,6 +61,7 @@ def _number(name: str, allowed: str, value: Any) -> float:
 positive = _range("a finite number greater than 0", lambda x: x > 0)
 nonnegative = _range("a finite number of 0 or more", lambda x: x >= 0)
 finite = _range("a finite number", lambda x: True)
+epochs = _range("a number of epochs greater than 0, below 2**31", lambda x: 0 < x < 2**31)
 window = _range("a number of 1 or more, below 2**53", lambda x: 1 <= x < 2**53)
 fraction = _range("a number in [0, 1)", lambda x: 0 <= x < 1)
 share = _range("a number in (0, 1]", lambda x: 0 < x <= 1)
@@ -103,12 +104,6 @@ def count(least: int) -> Check:
         return number if least <= number < 2**31 else refuse(name, allowed, value)
 
     return check
-
-
-def epochs(name: str, value: Any) -> float:
-    """A length of time in epochs, an integer where it is whole."""
-    number = _range("a number of epochs greater than 0, below 2**31", lambda x: 0 < x < 2**31)(name, value)
-    return int(number) if number == int(number) else number
 
 
 def one_of(*options: str) -> Check:

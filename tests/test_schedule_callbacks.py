@@ -1,6 +1,8 @@
 """Schedules in `fit`: the rates that reach the weights, whatever the optimizer, the backend and the way it compiles."""
 
 import contextlib
+import copy
+import pickle
 
 import keras
 import numpy as np
@@ -100,7 +102,6 @@ def test_the_rates_that_reach_the_weights(row, make, way):
     assert len(model.optimizer.variables) <= 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("row", "make", "way"), EVERY)
 def test_a_schedule_as_the_learning_rate_itself(row, make, way):
     """Told by any callback of kopt how long the fit is; one that needs nothing is told nothing."""
@@ -194,11 +195,38 @@ def test_a_write_after_the_last_step_counts_too():
     assert float(ops.convert_to_numpy(model.optimizer.learning_rate)) == pytest.approx(RATE / 2)
 
 
-def test_a_write_to_a_rate_of_zero_is_no_division_by_zero():
-    model = weighing(keras.optimizers.SGD(RATE))
-    write = AtEpoch(1, lambda model: setattr(model.optimizer, "learning_rate", 0.3))
-    rates, _ = weigh(model, [kc.Staircase([1, 2], [0.0, 1.0]), AtEpoch(2, write.action)])
-    near(rates, RATE * np.repeat([1, 0, 1, 1], BATCHES))
+def write(epoch, rate):
+    return AtEpoch(epoch, lambda model: setattr(model.optimizer, "learning_rate", rate))
+
+
+@every_optimizer
+def test_a_write_where_the_factor_is_zero_is_the_rate_without_it(make):
+    rates, _ = weigh(weighing(make()), [kc.Staircase([1, 2, 3], [0.0, 1.0, 0.5]), write(2, 0.3)])
+    near(rates, np.repeat([RATE, 0, 0.3, 0.15], BATCHES))
+    model = weighing(make())
+    weigh(model, [kc.Staircase([3], [0.0]), keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: epoch == 3 and setattr(model.optimizer, "learning_rate", 0.01))])  # fmt: skip
+    assert float(ops.convert_to_numpy(model.optimizer.learning_rate)) == pytest.approx(0.01)
+
+
+@every_optimizer
+def test_a_rate_that_was_written_to_zero_can_be_written_again(make):
+    rates, _ = weigh(weighing(make()), [kc.CosineDecay(), write(1, 0.0), write(2, 0.1)])
+    wave = cosine(range(STEPS), STEPS)
+    near(rates[:10], RATE * wave[:10] * np.repeat([1, 0], BATCHES))
+    near(rates[10:], wave[10:] * 0.1 / wave[9])
+
+
+@every_optimizer
+def test_a_file_has_what_was_written_before_it(make, tmp_path):
+    model = weighing(make())
+    files = keras.callbacks.ModelCheckpoint(str(tmp_path / "at_{epoch}.weights.h5"), save_weights_only=True)
+    weigh(model, [Halve(1), kc.CosineDecay(), files])
+    for epoch, rate in ((1, RATE), (2, RATE / 2), (3, RATE / 2)):
+        other = weighing(make())
+        other.optimizer.build(other.trainable_variables)
+        other.load_weights(tmp_path / f"at_{epoch}.weights.h5")
+        assert float(ops.convert_to_numpy(other.optimizer.learning_rate)) == pytest.approx(rate)
 
 
 @every_optimizer
@@ -233,8 +261,9 @@ def test_a_rate_that_is_a_schedule_is_multiplied(source, cls):
     optimizer = cls(make())
     own = optimizer._learning_rate
     model = weighing(optimizer)
-    rates, history = weigh(model, [kc.CosineDecay(), kc.WarmUp(epochs=1)])
+    rates, history = weigh(model, [kc.CosineDecay(), kc.WarmUp(epochs=1), Halve(1)])
     expected = values * cosine(range(STEPS), STEPS) * np.minimum(np.arange(STEPS) / 5, 1)
+    expected[10:] /= 2  # which without a callback of kopt would be an error
     near(rates, expected)
     near(history["learning_rate"], expected[BATCHES - 1 :: BATCHES])
     assert optimizer._learning_rate is own
@@ -265,14 +294,26 @@ def test_within_a_loss_scale_optimizer(inner):
     near(history["learning_rate"], expected[BATCHES - 1 :: BATCHES])
 
 
-def test_steps_that_overflow_do_not_count():
+class Growing(Ones):
+    """The gradients of the first steps are too large for the loss scale."""
+
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return x * (8 if self.epoch == 0 and i < 3 else 1), y
+
+
+@pytest.mark.parametrize("inner", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_steps_that_overflow_do_not_count(inner):
     """An epoch is an epoch, however many of its updates a loss scale has dropped."""
-    model = weighing(Scaled(kopt.SGD(RATE), initial_scale=float(2**127) * 1.5, dynamic_growth_steps=10**6))
-    monitor = kc.RateMonitor()
-    rates, _ = weigh(model, [kc.StepDecay(0.5, every_epochs=1), monitor])
+    model = weighing(Scaled(inner(), initial_scale=2.0**127, dynamic_growth_steps=10**6))
+    monitor, data = kc.RateMonitor(), Growing(BATCHES, STEPS)
+    model.fit(data, epochs=EPOCHS, shuffle=False, verbose=0, callbacks=[
+        Epoch(data), kc.StepDecay(0.5, every_epochs=1), monitor])  # fmt: skip
     done = int(ops.convert_to_numpy(model.optimizer.inner_optimizer.iterations))
-    assert len(monitor.history["learning_rate"]) == done
-    near(rates[rates > 0], RATE * np.repeat(0.5 ** np.arange(EPOCHS), BATCHES)[rates > 0])
+    assert 0 < done < STEPS
+    expected = RATE * np.repeat(0.5 ** np.arange(EPOCHS), BATCHES)
+    near(monitor.history["learning_rate"], expected[STEPS - done :])
+    near(-model.get_weights()[0][3:, 0], expected[3:])
 
 
 def test_each_of_several_optimizers_keeps_its_own():
@@ -291,9 +332,10 @@ def test_each_of_several_optimizers_keeps_its_own():
     near(history.history["learning_rate_theirs"], right[BATCHES - 1 :: BATCHES])
 
 
-def test_momentum_goes_the_other_way():
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_momentum_goes_the_other_way(way):
     """The weight of the first step moves on by momentum: m1 + m1 m2 + ..."""
-    model = weighing(kopt.SGD(0.01, momentum=0.9))
+    model = weighing(kopt.SGD(0.01, momentum=0.9), **way)
     cycle = kc.OneCycle(1.0, peak_at=0.5)
     rates, history = weigh(model, [cycle])
     rate, momentum = cycle.schedule.preview(STEPS), cycle.other_way.preview(STEPS)
@@ -303,6 +345,8 @@ def test_momentum_goes_the_other_way():
         near(rates[i], rate[i] * (1 + np.cumprod(momentum[i + 1 :]).sum()))
     near(history["momentum"], momentum[BATCHES - 1 :: BATCHES])
     assert model.optimizer.momentum == 0.9
+    _, history = weigh(model, [kc.MomentumAnneal(0.5, 0.9, epochs=2)])
+    near(history["momentum"], [0.66, 0.86, 0.9, 0.9])
 
 
 @pytest.mark.parametrize("cls", [kopt.Adam, keras.optimizers.Adam])
@@ -516,27 +560,39 @@ def generated(steps, rounds=1):
             yield rows[[i, i]], np.zeros((2, 1), "float32")
 
 
+def unsized():
+    """A dataset of seven batches that does not say how many it has."""
+    import tensorflow as tf
+
+    rows = tf.data.Dataset.from_tensor_slices((np.eye(7, STEPS, dtype="float32"), np.zeros((7, 1), "float32")))
+    return rows.repeat(2).batch(2).filter(lambda x, y: True)
+
+
+def fit_unsized(callbacks, **arguments):
+    model = weighing(keras.optimizers.SGD(1.0))
+    history = model.fit(unsized(), shuffle=False, verbose=0, callbacks=callbacks, **arguments)
+    return history.history
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="torch's trainer reads the dataset as JAX's does")
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_epochs_of_unknown_length_are_counted_all_the_same():
-    """An epoch of seven steps, which nobody knows before."""
-    model = weighing(keras.optimizers.SGD(RATE))
-    for callbacks, error in (
-        ([kc.StepDecay(0.5, every_epochs=1)], None),
+    monitor = kc.RateMonitor(capacity=9)
+    history = fit_unsized([kc.StepDecay(0.5, every_epochs=1), monitor], epochs=3)
+    near(history["learning_rate"], [1.0, 0.5, 0.25])
+    near(monitor.history["learning_rate"], np.repeat([1.0, 0.5, 0.25], 7))
+    near(fit_unsized([kc.InverseTimeDecay(1.0)], epochs=4, initial_epoch=2)["learning_rate"], [1 / 3, 1 / 4])
+    near(fit_unsized([kc.Staircase([2], [0.1], per="step")], epochs=1)["learning_rate"], [0.1])
+    for callbacks, says in (
         ([kc.CosineDecay()], "CosineDecay.* give `fit` `steps_per_epoch`"),
         ([kc.WarmUp(epochs=1)], "WarmUp.* give `fit` `steps_per_epoch`"),
-        ([kc.CosineDecay(steps=7)], None),
         ([kc.RateMonitor()], "`capacity` must be given"),
-        ([kc.RateMonitor(capacity=7)], None),
+        ([kc.RateMonitor(capacity=3)], "`capacity` must be no less than the updates of an epoch, which were 7"),
     ):
-        act = lambda callbacks=callbacks: model.fit(  # noqa: E731
-            generated(7), shuffle=False, verbose=0, callbacks=callbacks
-        )
-        if error:
-            with pytest.raises(ValueError, match=error):
-                act()
-        else:
-            act()
-    assert len(callbacks[0].history["learning_rate"]) == 7
+        with pytest.raises(ValueError, match=says):
+            fit_unsized(callbacks)
+    with pytest.raises(ValueError, match="`initial_epoch` must be 0 for schedules that count steps"):
+        fit_unsized([kc.Staircase([2], [0.1], per="step")], epochs=3, initial_epoch=1)
 
 
 def test_steps_per_epoch_says_how_long_an_endless_epoch_is():
@@ -566,7 +622,12 @@ REFUSED = {
         lambda: kc.Schedule("learning_rate", ks.WarmUpStableDecay(warmup_epochs=2, decay_epochs=3)),
         "takes 25 batches",
     ),
-    "unknown": (kopt.SGD, {}, lambda: kc.Schedule("beta_1", ks.Linear()), r"this SGD: learning_rate.*='beta_1'"),
+    "unknown": (
+        kopt.SGD,
+        {},
+        lambda: kc.Schedule("beta_1", ks.Linear()),
+        r"this SGD can change during `fit` \(learning_rate\).*='beta_1'",
+    ),
     "no number": (kopt.SGD, {}, lambda: kc.Schedule("weight_decay", ks.Linear()), "this SGD"),
     "no slot": (kopt.SGD, {}, kc.MomentumAnneal, "built with momentum=0"),
     "fixed by Keras": (keras.optimizers.SGD, {"momentum": 0.9}, kc.MomentumAnneal, "use kopt.SGD"),
@@ -579,6 +640,14 @@ REFUSED = {
         lambda: kc.Schedule("momentum", ks.Linear(0.5, 1.0, initial=1.1)),
         r"`momentum` must be a number in \[0, 1\)",
     ),
+    "beyond by two factors": (
+        keras.optimizers.Adam,
+        {},
+        lambda: [kc.Schedule("beta_1", ks.Constant(1.06), name=name) for name in ("one", "other")],
+        r"`beta_1` must be a number in \[0, 1\)",
+    ),
+    "no weight decay": (keras.optimizers.Adam, {}, lambda: kc.RateMonitor("weight_decay"), "`hyperparameters` must be"),
+    "too small": (kopt.SGD, {}, lambda: kc.RateMonitor(capacity=3), "no less than the 5 updates of an epoch"),
     "beyond by a factor": (
         keras.optimizers.Adam,
         {},
@@ -595,7 +664,7 @@ def test_what_cannot_be_is_refused_before_a_step(case):
     cls, arguments, callback, says = REFUSED[case]
     model = weighing(cls(RATE, **arguments))
     with pytest.raises(ValueError, match=says):
-        weigh(model, [callback()])
+        weigh(model, keras.tree.flatten(callback()))
     assert int(model.optimizer.iterations) == 0
     assert not model.get_weights()[0].any()
     assert float(model.optimizer.learning_rate) == RATE
@@ -605,7 +674,167 @@ def test_what_cannot_be_is_refused_before_a_step(case):
 
 def test_nothing_is_called_for_each_batch():
     """JAX goes on without waiting, and steps can be many in one execution."""
-    for row in DRIVEN:
-        callback = row.callback(**row.arguments)
+    public = [cls for cls in vars(kc).values() if isinstance(cls, type) and cls is not kc.BackupAndRestore]
+    assert len(public) > 10
+    for cls in public:
         for hook in ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end"):
-            assert getattr(type(callback), hook) is getattr(keras.callbacks.Callback, hook)
+            assert getattr(cls, hook) is getattr(keras.callbacks.Callback, hook)
+
+
+# What is kept, copied and counted
+
+
+@every_optimizer
+def test_a_monitor_keeps_every_step(make):
+    monitor = kc.RateMonitor()
+    model = weighing(make())
+    rates, history = weigh(model, [monitor, kc.CosineDecay(), kc.WarmUp(steps=4)])
+    near(monitor.history["learning_rate"], rates)
+    assert history["learning_rate"] == monitor.history["learning_rate"][BATCHES - 1 :: BATCHES].tolist()
+    weigh(model, [monitor], epochs=1)
+    near(monitor.history["learning_rate"], np.full(BATCHES, RATE))
+
+
+def test_a_monitor_keeps_other_numbers_and_rates_that_are_computed():
+    monitor = kc.RateMonitor(["learning_rate", "momentum", "weight_decay"])
+    optimizer = kopt.SGD(stock_schedule(), momentum=0.5, weight_decay=0.1)
+    _, history = weigh(weighing(optimizer), [kc.MomentumAnneal(), monitor])
+    near(monitor.history["learning_rate"], SOURCES["stock"][1])
+    near(monitor.history["momentum"], np.linspace(0.5, 0.99, STEPS + 1)[:-1])
+    near(monitor.history["weight_decay"], np.full(STEPS, 0.1))
+    near(history["weight_decay"], np.full(EPOCHS, 0.1))
+
+
+@pytest.mark.parametrize("row", DRIVEN, ids=str)
+def test_copies_go_without_the_model(row):
+    """KerasTuner copies callbacks, one that has been fitted, too."""
+    callback = row.callback(**row.arguments)
+    fitted, _ = weigh(weighing(kopt.SGD(1.0)), [callback])
+    for twin in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        assert twin._drives is None
+        assert twin._rates is None
+        assert twin.schedule == callback.schedule
+        near(weigh(weighing(kopt.SGD(1.0)), [twin])[0], fitted)
+
+
+def size_of_step(optimizer, callbacks, count):
+    """How many operations an update of so many variables has."""
+    variables = [keras.Variable(np.ones(3, "float32"), name=f"v{i}") for i in range(count)]
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile(optimizer, loss="mse")
+    optimizer.build(variables)
+    listed = keras.callbacks.CallbackList(callbacks, model=model, steps=BATCHES, epochs=EPOCHS)
+    listed.on_train_begin()
+    listed.on_epoch_begin(0)
+    gradients = [ops.ones(3)] * count
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        function = tf.function(lambda: optimizer.apply(gradients, variables)).get_concrete_function()
+        size = len(function.graph.get_operations())
+    else:
+        import jax
+
+        held = [v.value for v in optimizer.variables], gradients, [v.value for v in variables]
+        size = str(jax.make_jaxpr(optimizer.stateless_apply)(*held)).count("\n")
+    listed.on_train_end()
+    return size
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="nothing is compiled")
+@pytest.mark.parametrize("cls", [kopt.Adam, keras.optimizers.Adam])
+def test_a_schedule_costs_the_same_however_many_variables_there_are(cls):
+    """The rate is computed once a step: so many more scalar operations, and no more for each variable."""
+    added = {}
+    for count in (1, 20):
+        plain = size_of_step(cls(0.1), [], count)
+        added[count] = [size_of_step(cls(0.1), make(), count) - plain for make in (
+            lambda: [kc.CosineDecay()], lambda: [kc.CosineDecay(), kc.WarmUp(epochs=1)])]  # fmt: skip
+    assert added[1] == added[20]
+    one, two = added[1]
+    assert 0 < one < two < 250, added
+
+
+def test_narrow_and_mixed_precision():
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = weighing(kopt.SGD(RATE))
+        monitor = kc.RateMonitor()
+        weigh(model, [kc.CosineDecay(), monitor])
+    finally:
+        keras.config.set_dtype_policy(policy)
+    assert isinstance(model.optimizer, Scaled)
+    done = int(ops.convert_to_numpy(model.optimizer.inner_optimizer.iterations))
+    near(monitor.history["learning_rate"], RATE * cosine(range(STEPS - done, STEPS), STEPS))
+
+
+@pytest.mark.parametrize("schedule", [lambda: ks.CosineDecay(initial=RATE), stock_schedule])
+def test_a_schedule_is_its_own_after_a_fit_that_raised(schedule):
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    model = weighing(keras.optimizers.SGD(schedule()))
+    with pytest.raises(KeyboardInterrupt):
+        weigh(model, [kc.WarmUp(steps=1, start=1.0), Stop()])
+    begun = int(model.optimizer.iterations)
+    rates, _ = weigh(model, [kc.WarmUp(steps=1, start=1.0)])
+    steps = np.arange(STEPS)
+    near(rates, RATE * cosine(steps, STEPS) if model.optimizer._learning_rate.__class__ is ks.CosineDecay
+         else RATE * 0.5 ** ((begun + steps) / 4))  # fmt: skip
+
+
+def test_a_fit_that_raised_keeps_what_was_written_in_it():
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    model = weighing(keras.optimizers.SGD(RATE))
+    with pytest.raises(KeyboardInterrupt):
+        weigh(model, [kc.CosineDecay(), Halve(1), Stop()])
+    monitor = kc.RateMonitor()
+    weigh(model, [monitor])
+    near(monitor.history["learning_rate"], np.full(STEPS, RATE / 2))
+
+
+def test_very_many_epochs_do_not_overflow():
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = epoch == EPOCHS - 1
+
+    model = weighing(keras.optimizers.SGD(RATE))
+    near(weigh(model, [kc.CosineDecay(), Stop()], epochs=3 * 10**9)[0], np.full(STEPS, RATE))
+    schedule = ks.CosineDecay(epochs=2**30)
+    with pytest.raises(ValueError, match="more than the 2147483647 steps that can be counted"):
+        weigh(model, [kc.Schedule("learning_rate", schedule)])
+
+
+def test_what_a_fit_that_raised_has_left_goes_at_the_next():
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            raise KeyboardInterrupt
+
+    model = weighing(keras.optimizers.Adam(RATE))
+    for then in (None, 0.25):
+        with pytest.raises(KeyboardInterrupt):
+            weigh(model, [kc.CosineDecay(), kc.Schedule("beta_1", ks.Linear(0.9, 0.5, initial=1.0)), Stop()])
+        assert float(ops.convert_to_numpy(model.optimizer.learning_rate)) != RATE
+        if then is not None:  # what the user writes then is the rate from then on
+            model.optimizer.learning_rate = then
+        monitor = kc.RateMonitor(["learning_rate", "beta_1"])
+        weigh(model, [monitor])
+        near(monitor.history["learning_rate"], np.full(STEPS, then or RATE))
+        near(monitor.history["beta_1"], np.full(STEPS, 0.9))
+        assert model.optimizer.beta_1 == 0.9
+
+
+def test_one_schedule_for_two_optimizers():
+    schedule = ks.CosineDecay(initial=RATE)
+    models = [weighing(keras.optimizers.SGD(schedule)), weighing(kopt.SGD(schedule))]
+    for epochs in (EPOCHS, 2, EPOCHS):
+        for model in models:
+            rates, _ = weigh(model, [kc.RateMonitor()], epochs=epochs)
+            near(rates[: epochs * BATCHES], RATE * cosine(range(epochs * BATCHES), epochs * BATCHES))

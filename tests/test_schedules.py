@@ -22,6 +22,18 @@ EXACT = 1e-12
 ROUNDED = 1e-12 if FLOATX == "float64" else 2e-6
 
 
+EXPRESSIONS = [
+    "WarmUp(epochs=2) >> CosineDecay()",
+    "0.5 * CosineDecay(final=0.1, steps=100, initial=0.2)",
+    "WarmUp(steps=5) * CosineDecay() * StepDecay(factor=0.1, every_epochs=30)",
+    "(WarmUp(steps=5) >> Linear(steps=20)).repeat(3).offset(epochs=1)",
+    "(WarmUp(epochs=1) >> Constant().lasting(epochs=0.5) >> PolynomialDecay()) * Constant(initial=0.1)",
+    "2.0 * (0.5 * Linear(end=0.1)).lasting(epochs=3)",
+    "Staircase(boundaries=[1, 3], factors=[0.5, 0.1]) * CyclicalRate(max_learning_rate=1.0, cycle_epochs=2)",
+    *[repr(row.make()) for row in SCHEDULES],
+]
+
+
 def numbers(schedule, steps, total=STEPS, batches=BATCHES, base=1.0):
     """The values in NumPy."""
     steps = np.asarray(steps, "int64")
@@ -73,19 +85,35 @@ def traced(schedule):
 def test_a_compiled_tensor_gives_the_same(row):
     schedule = row.by_itself()
     function = traced(schedule)
-    steps = [step for step in borders(row) if step < LAST]
-    if row.counts_epochs or row.is_open:
-        schedule.clock = keras.Variable(np.zeros(7), dtype="int32", trainable=False)
-        values = []
-        for step in [step for step in steps if step <= 3 * STEPS]:
+    steps = borders(row)
+    compiled, eager = followed(schedule, function, steps)
+    expected = row.values(steps, STEPS)
+    np.testing.assert_allclose(compiled, expected, rtol=ROUNDED, atol=2e-7)
+    np.testing.assert_allclose(eager, expected, rtol=ROUNDED, atol=2e-7)
+
+
+def followed(schedule, function, steps):
+    """The values at these steps, compiled and not, as a fit tells it the time if it has to."""
+    if schedule.needs_clock():
+        schedule.clock = keras.Variable(np.zeros(8), dtype="int32", trainable=False)
+    values = []
+    for step in steps:
+        if schedule.clock is not None:
             epoch = step // BATCHES
-            schedule.clock.assign(np.array([0, epoch, epoch * BATCHES, BATCHES, 1, STEPS // BATCHES, 0], "int32"))
-            values.append((step, float(function(step)), float(schedule(step))))
-    else:
-        values = [(step, float(function(step)), float(schedule(step))) for step in [*steps, LAST]]
-    expected = row.values([step for step, *_ in values], STEPS)
-    np.testing.assert_allclose([one for _, one, _ in values], expected, rtol=5e-5, atol=1e-6)
-    np.testing.assert_allclose([one for *_, one in values], expected, rtol=ROUNDED, atol=1e-7)
+            begun = epoch * BATCHES
+            schedule.clock.assign(np.array([0, epoch, begun, begun, BATCHES, 1, STEPS, 0], "int32"))
+        values.append((float(function(step)), float(schedule(step))))
+    return np.array(values).T
+
+
+@pytest.mark.parametrize("text", EXPRESSIONS)
+def test_a_compiled_expression_gives_the_same(text):
+    schedule = eval(text.replace("CyclicalRate(", "CyclicalRate(initial=0.5, "), vars(ks).copy())
+    schedule = schedule if schedule.stands_alone else schedule * ks.Constant(initial=1.0)
+    steps = [*range(STEPS + 2), 3 * STEPS, 10**6]
+    expected = numbers(schedule, steps)
+    for values in followed(schedule, traced(schedule), steps):
+        np.testing.assert_allclose(values, expected, rtol=ROUNDED, atol=2e-7)
 
 
 def test_positions_in_cycles_are_integers():
@@ -97,6 +125,11 @@ def test_positions_in_cycles_are_integers():
     begun = 1000 * (2**21 - 1)  # of the 22nd cycle
     assert float(grown(begun - 1)) < 1e-6
     assert float(grown(begun)) == 1.0
+
+
+def test_time_does_not_go_beyond_its_end():
+    offset = ks.CosineDecay(steps=8, initial=1.0).offset(steps=3)
+    assert float(traced(offset)(LAST)) == pytest.approx(0.0, abs=1e-7)
 
 
 class TestAlgebra:
@@ -136,6 +169,8 @@ class TestAlgebra:
         whole = (self.warm >> ks.Linear(steps=4)).repeat(2) >> ks.Constant(3.0)
         np.testing.assert_allclose(whole.preview(18)[:8], whole.preview(18)[8:16])
         assert whole.preview(18)[16:].tolist() == [3.0, 3.0]
+        stays = ks.ExponentialDecay(base=0.5, unit_steps=1).lasting(steps=2).repeat(2)
+        assert stays.preview(7).tolist() == [1, 0.5, 1, 0.5, 0.25, 0.25, 0.25]
 
     def test_offset(self):
         np.testing.assert_allclose(self.cosine.offset(steps=3).preview(6), self.cosine.preview(9)[3:])
@@ -167,8 +202,11 @@ class TestAlgebra:
             ),
             (lambda: ks.Linear() * "a", "Received: factor='a'"),
             (lambda: -1 * ks.Linear(), "Received: factor=-1"),
-            (lambda: ks.Linear() >> 0.1, "kopt's schedules"),
-            (lambda: ks.Linear() * keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5), "kopt's schedules"),
+            (lambda: ks.Linear() >> 0.1, "`schedule` must be one of kopt's"),
+            (lambda: ks.Linear() * keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5), "one of kopt's"),
+            (lambda: ks.WarmUp(epochs=2) * ks.StepDecay() >> ks.Constant(), "with a length"),
+            (lambda: ks.WarmUpStableDecay(warmup_steps=4, decay_steps=4, steps=6), "up and down together, steps=8"),
+            (lambda: ks.CyclicalRate(0.1, cycle_steps=2).preview(4), "the lowest value, which is 1"),
             (lambda: ks.Linear(steps=2).repeat(0), "Received: times=0"),
             (lambda: ks.Linear().offset(), "`epochs` must be given, or `steps`"),
             (lambda: ks.Linear().lasting(epochs=1, steps=2), "None beside `epochs`"),
@@ -178,18 +216,6 @@ class TestAlgebra:
         with pytest.raises(ValueError, match="(?s).*Received: ") as error:
             make()
         assert says in str(error.value)
-
-
-EXPRESSIONS = [
-    "WarmUp(epochs=2) >> CosineDecay()",
-    "0.5 * CosineDecay(final=0.1, steps=100, initial=0.2)",
-    "WarmUp(steps=5) * CosineDecay() * StepDecay(factor=0.1, every_epochs=30)",
-    "(WarmUp(steps=5) >> Linear(steps=20)).repeat(3).offset(epochs=1)",
-    "(WarmUp(epochs=1) >> Constant().lasting(epochs=0.5) >> PolynomialDecay()) * Constant(initial=0.1)",
-    "2.0 * (0.5 * Linear(end=0.1)).lasting(epochs=3)",
-    "Staircase(boundaries=[1, 3], factors=[0.5, 0.1]) * CyclicalRate(max_learning_rate=1.0, cycle_epochs=2)",
-    *[repr(row.make()) for row in SCHEDULES],
-]
 
 
 @pytest.mark.parametrize("text", EXPRESSIONS)
@@ -232,8 +258,7 @@ def test_an_optimizer_takes_it_and_its_config_brings_it_back(row):
         again = keras.optimizers.deserialize(config)
         assert again._learning_rate == row.by_itself(0.5)
         if not (row.counts_epochs or row.is_open):
-            assert float(again.learning_rate) == pytest.approx(0.5 * row.values([0], STEPS)[0] if "cycl" not in
-                row.name or "one" in row.name else 0.5, rel=1e-6)  # fmt: skip
+            assert float(again.learning_rate) == pytest.approx(numbers(row.by_itself(0.5), [0])[0], rel=1e-6)
 
 
 @every_schedule

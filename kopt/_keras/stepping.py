@@ -30,7 +30,20 @@ def trained_by(optimizer) -> list:
 
 def rate_source(optimizer):
     """Where the learning rate comes from: a variable, a schedule, or a callable."""
-    return getattr(optimizer, "_learning_rate", None)
+    standing_in = vars(optimizer).get("_rate_source") if optimizer is not None else None
+    return getattr(optimizer, "_learning_rate", None) if standing_in is None else standing_in
+
+
+def stand_in_for_rate(optimizer, variable):
+    """Put a variable in place of the schedule or callable of a learning rate; what is returned takes it back."""
+    held = vars(optimizer)
+    held["_rate_source"], held["_learning_rate"] = held["_learning_rate"], variable
+
+    def put_back():
+        if "_rate_source" in held:
+            held["_learning_rate"] = held.pop("_rate_source")
+
+    return put_back
 
 
 def computed_rate(optimizer, source):
@@ -43,16 +56,6 @@ def computed_rate(optimizer, source):
     else:
         rate = source(counter(optimizer))
     return backends.number(rate, checks.held_dtype())
-
-
-class InUse(keras.optimizers.schedules.LearningRateSchedule):
-    """Stands in place of a schedule or callable: the rate in a variable, whatever the step."""
-
-    def __init__(self, variable):
-        self.variable = variable
-
-    def __call__(self, step):
-        return self.variable.value
 
 
 def suffixes(optimizers) -> list[str]:
@@ -215,13 +218,13 @@ class Step:
             self.apply(grads, variables)
             return
         trained, counts = trained_by(self.optimizer), []
-        with backends.unrecorded():
+        with backends.unrecorded(), backends.after(grads):
             backends.once_for_all_replicas(lambda: self._before(counts))
         with contextlib.ExitStack() as stack:
             for part in self.parts:
                 stack.enter_context(part.during_update(self.optimizer))
             self.apply(grads, variables)
-        with backends.unrecorded():
+        with backends.unrecorded(), backends.after(grads):
             backends.once_for_all_replicas(lambda: self._after(trained, counts))
 
     def _before(self, counts) -> None:
@@ -238,7 +241,7 @@ class Step:
     def install(self, part) -> None:
         """Let the part add its variables; from then on it is in the step."""
         known = {id(variable) for variable in self.shown}
-        self.parts = sorted([*self.parts, part], key=lambda one: one.turn)
+        self.parts = sorted([*self.parts, part], key=lambda one: one.place)
         try:
             with where_made(self.optimizer):
                 part.install(self.optimizer)

@@ -49,11 +49,11 @@ class Callback(keras.callbacks.Callback):
         self._rates = Rates(model)
 
     def on_train_begin(self, logs=None):
-        if self._rates and self._rates.optimizers:
+        if self._rates and self._rates.found:
             self._rates.begin(self.params)
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self._rates and self._rates.optimizers:
+        if self._rates and self._rates.found:
             self._rates.turn(self.model, epoch, self.params)
 
     def __getstate__(self):
@@ -68,10 +68,10 @@ class Callback(keras.callbacks.Callback):
 class InStep(Callback):
     """A callback with a part in the compiled step, for the length of a `fit`.
 
-    A subclass overrides some of `prepare`, `install`, `before_update`, `during_update`, `after_update`, `aside`,
-    `finish` and `leave`. All but the first are called for every optimizer that updates variables itself: the one
-    within a `LossScaleOptimizer`, each of a `MultiOptimizer`. Several such callbacks take their turns in the order of
-    the list. A subclass that overrides a hook of Keras calls `super()`'s, too, and adds what it keeps of a running
+    A subclass overrides some of `prepare`, `install`, `installed`, `before_update`, `during_update`, `after_update`,
+    `aside`, `finish` and `leave`. All but the first are called for every optimizer that updates variables itself: the
+    one within a `LossScaleOptimizer`, each of a `MultiOptimizer`. Several such callbacks take their turns in the order
+    of the list. A subclass that overrides a hook of Keras calls `super()`'s, too, and adds what it keeps of a running
     `fit`, variables above all, to `left_behind`.
 
     Installed is what `set_model` has announced, once `fit` makes its train function: before `on_train_begin` of any
@@ -79,7 +79,7 @@ class InStep(Callback):
     """
 
     left_behind = (*Callback.left_behind, "_announced", "_training", "_begun")
-    turn = 0  # those with a higher number come later, wherever they are in the list
+    place = 0  # those with a higher number come later, wherever they are in the list
     _announced = _training = _begun = None  # the `Installation` to come; the one it is in; whether that has begun
 
     def prepare(self, model) -> None:
@@ -87,6 +87,9 @@ class InStep(Callback):
 
     def install(self, optimizer) -> None:
         """Add what variables are needed, by `add_variable` and `add_slot`. The optimizer is built."""
+
+    def installed(self, optimizer) -> None:
+        """Look at what is there, once all parts are installed; `fit` refuses what this refuses."""
 
     def drives(self, optimizer) -> dict:
         """What the callback drives of the optimizer's numbers, by name: a `drive.Drive` each."""

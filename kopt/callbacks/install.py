@@ -100,6 +100,9 @@ class Installation:
             for step in self.steps:
                 if not any(part is other for other in step.parts):
                     step.install(part)
+        for part in self.parts:
+            for step in self.steps:
+                part.installed(step.optimizer)
 
     def take_back(self) -> None:
         for undo in self.undo:

@@ -32,7 +32,7 @@ class RateMonitor(InStep):
     """
 
     left_behind = (*InStep.left_behind, "_kept")
-    turn = 1  # after those that set the numbers
+    place = 1  # after those that set the numbers
     _kept = None  # id of an optimizer -> the count, and by name its buffer and what it reads
 
     def __init__(self, hyperparameters=("learning_rate",), *, capacity: int | None = None, name: str | None = None):
@@ -51,7 +51,7 @@ class RateMonitor(InStep):
         self.history = dict(state["history"])
 
     def prepare(self, model):
-        self._kept, self.history, self.now = {}, {}, {}
+        self._kept, self.history = {}, {}
         if not (self.capacity or self._batches()):
             checks.refuse("capacity", "given where the data do not say how many batches an epoch has", None)
 
@@ -59,7 +59,10 @@ class RateMonitor(InStep):
         return max((self.params or {}).get("steps") or 0, 0)
 
     def install(self, optimizer):
-        room = self.capacity or self._batches()
+        updates = -(-self._batches() // (optimizer.gradient_accumulation_steps or 1))
+        room = self.capacity or updates
+        if room < updates:
+            checks.refuse("capacity", f"no less than the {updates} updates of an epoch", self.capacity)
         count = self.add_variable(optimizer, dtype="int32", name="kept")
         read = {name: drive.reader(optimizer, name) for name in self.hyperparameters}
         buffers = {name: self.add_variable(optimizer, (room,), name=f"{name}_kept") for name in self.hyperparameters}

@@ -38,8 +38,8 @@ class Schedule(InStep):
         [0.75, 0.55]
     """
 
-    left_behind = (*InStep.left_behind, "_drives", "_clocks", "_epoch")
-    _drives = _clocks = _epoch = None
+    left_behind = (*InStep.left_behind, "_drives", "_epoch")
+    _drives = _epoch = None
 
     def __init__(self, hyperparameter: str, schedule: schedules.Schedule, *, name: str | None = None):
         super().__init__(name)
@@ -53,7 +53,7 @@ class Schedule(InStep):
         return {self.hyperparameter: self.schedule}
 
     def prepare(self, model):
-        self._drives, self._clocks, self._epoch = {}, {}, None
+        self._drives, self._epoch = {}, None
         for optimizer in stepping.updating(model.optimizer):
             is_ours = isinstance(optimizer, _keras.OptimizerBridge)
             if optimizer.gradient_accumulation_steps and not is_ours and stepping.is_replicated(optimizer):
@@ -61,17 +61,20 @@ class Schedule(InStep):
                 checks.refuse("gradient_accumulation_steps", allowed, optimizer.gradient_accumulation_steps)
 
     def install(self, optimizer):
-        key, span = id(optimizer), clock.Span(self.params, optimizer.gradient_accumulation_steps or 1)
-        self._clocks[key] = clock.add(optimizer)
-        if self._epoch is not None:
-            clock.turn(self._clocks[key], self._epoch, int(optimizer.iterations), span)
-        self._drives[key] = {}
+        drives = self._drives[id(optimizer)] = {}
         for name, schedule in self.driven(optimizer).items():
             one = drive.found(optimizer, name) or drive.make(self, optimizer, name)
-            one.join(schedule, self._clocks[key])
-            schedule.check_base(one.own_now())
-            span.check(schedule, one.own_now(), drive.check(optimizer, name), name)
-            self._drives[key][name] = one
+            one.join(schedule)
+            drives[name] = one
+
+    def installed(self, optimizer):
+        for one in self._own_drives(optimizer):
+            one.check(self._span(optimizer))
+            if self._epoch is not None:  # the optimizer was built in the first step
+                one.clock.turn(self._epoch, int(_keras.to_numpy(optimizer.iterations)), self._span(optimizer))
+
+    def _span(self, optimizer):
+        return clock.Span(self.params, optimizer.gradient_accumulation_steps or 1)
 
     def drives(self, optimizer):
         return (self._drives or {}).get(id(optimizer), {})
@@ -80,10 +83,9 @@ class Schedule(InStep):
         super().on_epoch_begin(epoch, logs)
         self._epoch, whole = epoch, self.model.optimizer  # by the model: JAX hands out its state
         for optimizer in stepping.updating(whole):
-            if id(optimizer) in self._clocks:
-                found = self._clocks[id(optimizer)]
-                span = clock.Span(self.params, optimizer.gradient_accumulation_steps or 1)
-                clock.turn(found, epoch, int(_keras.to_numpy(optimizer.iterations)), span)
+            for one in self._own_drives(optimizer):
+                one.take_written()
+                one.clock.turn(epoch, int(_keras.to_numpy(optimizer.iterations)), self._span(optimizer))
 
     def before_update(self, optimizer):
         for one in self._own_drives(optimizer):
@@ -120,4 +122,4 @@ class Schedule(InStep):
         for optimizer, suffix in zip(optimizers, stepping.suffixes(optimizers), strict=True):
             for name, one in self.drives(optimizer).items():
                 if logs is not None:
-                    logs[f"{name}{suffix}"] = one.in_use()
+                    logs[f"{name}{suffix}"] = drive.read(one.last)

@@ -5,7 +5,7 @@ import keras
 from kopt import _keras, checks
 from kopt.schedules.base import TERMS, Schedule
 from kopt.schedules.decays import Constant
-from kopt.schedules.time import Length, arithmetic
+from kopt.schedules.time import Length, arithmetic, at_most
 
 PRODUCT, SEQUENCE = 2, 1
 
@@ -13,14 +13,31 @@ PRODUCT, SEQUENCE = 2, 1
 def product(first, second):
     """`first * second`, of schedules or a schedule and a number."""
     for one in (first, second):
-        if isinstance(one, keras.optimizers.schedules.LearningRateSchedule) and not isinstance(one, Schedule):
-            checks.refuse("factor", "a number or one of kopt's schedules", one)
+        if isinstance(one, keras.optimizers.schedules.LearningRateSchedule):
+            _schedules([one])
     return Product(*(one if isinstance(one, Schedule) else Constant(one) for one in (first, second)))
 
 
 def joined(first, second):
     """`first >> second`; what is joined already is not nested."""
     return Joined([part for one in (first, second) for part in (one.parts if isinstance(one, Joined) else [one])])
+
+
+def _schedules(parts) -> list:
+    for part in parts:
+        if not isinstance(part, Schedule):
+            checks.refuse("schedule", "one of kopt's", part)
+    return list(parts)
+
+
+def _longest(lengths) -> Length | None:
+    """What lasts as long as all of these: None if one of them has no end, or they are of different units."""
+    if not lengths or None in lengths:
+        return None
+    if any(length.is_open for length in lengths):
+        return Length()
+    in_one_unit = all((length + lengths[0]) is not None for length in lengths)
+    return max(lengths, key=lambda length: length.epochs or length.steps) if in_one_unit else None
 
 
 class Expression(Schedule):
@@ -56,17 +73,10 @@ class Product(Expression):
     binds = PRODUCT
 
     def __init__(self, first, second):
-        self.first, self.second = first, second
+        self.first, self.second = _schedules([first, second])
         if not (first.is_factor or second.is_factor):
             checks.refuse("schedules", "a factor and another: only one can have a value of its own", [first, second])
-        lengths = [part.length for part in (first, second) if part.length is not None]
-        alike = len(lengths) == 2 and (lengths[0] + lengths[1]) is not None
-        if len(lengths) == 1:
-            self.length = lengths[0]
-        elif alike:
-            self.length = max(lengths, key=lambda length: length.epochs or length.steps)
-        elif any(length.is_open for length in lengths):
-            self.length = Length()
+        self.length = _longest([part.length for part in (first, second) if type(part) is not Constant])
 
     is_factor = property(lambda self: self.first.is_factor and self.second.is_factor)
     stands_alone = property(lambda self: self.first.stands_alone or self.second.stands_alone)
@@ -99,10 +109,7 @@ class Joined(Expression):
     binds = SEQUENCE
 
     def __init__(self, parts):
-        self.parts = parts
-        for part in parts:
-            if not isinstance(part, Schedule):
-                checks.refuse("parts", "kopt's schedules", part)
+        self.parts = _schedules(parts)
         for part in parts[:-1]:
             if part.length is None or part.length.is_open:
                 allowed = "with a length, such as `.lasting(epochs=5)`, where another schedule follows"
@@ -193,15 +200,14 @@ class Repeated(Changed):
         self.times = checks.optional(checks.count(1))("times", times)
         if self.length is None or self.length.is_open:
             checks.refuse("schedule", "with a length, such as `.lasting(epochs=5)`, to be repeated", schedule)
-        self.cycle, self.length = self.length, None
-        if times is not None:
-            self.length = Length(*(None if n is None else n * times for n in (self.cycle.epochs, self.cycle.steps)))
+        self.cycle = self.schedule.length
+        self.length = None if times is None else self.cycle * self.times
 
     def moved(self, time):
         done, _ = time.cycles(self.cycle)
         if self.times is not None:  # after the last, it stays at the end
-            done = arithmetic(done).minimum(done, self.times - 1)
-        return time.since(self.cycle, done).within(self.cycle)
+            done = at_most(done, self.times - 1)
+        return time.since(self.cycle, done).until(self.cycle).within(self.cycle)
 
     def validate(self, time):
         self.schedule.validate(time)

@@ -104,6 +104,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         """
         steps = checks.count(1)("steps", steps)
         batches = checks.optional(checks.count(1))("steps_per_epoch", steps_per_epoch)
+        self.check_base(checks.finite("base", base))
         values = self.value(Time.of_steps(np.arange(steps), steps, batches), checks.finite("base", base))
         return np.broadcast_to(np.asarray(values, "float64"), steps).copy()
 
@@ -125,7 +126,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         return algebra().joined(self, other)
 
     def repeat(self, times: int | None = None):
-        """Again from its beginning whenever its length is over: so many times, then it stays; None: for ever."""
+        """Again whenever its length is over: so many times, then it stays at its end; None: always."""
         return algebra().Repeated(self, times)
 
     def offset(self, *, epochs: float | None = None, steps: int | None = None):
@@ -140,6 +141,9 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         return {
             name: getattr(self, name) for name in inspect.signature(type(self).__init__).parameters if name != "self"
         }
+
+    def __getstate__(self):
+        return vars(self) | {"clock": None}  # which belongs to an optimizer
 
     def __repr__(self):
         defaults = inspect.signature(type(self).__init__).parameters

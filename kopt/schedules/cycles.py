@@ -4,7 +4,8 @@ import math
 
 from kopt import _keras, checks
 from kopt.schedules.base import Schedule
-from kopt.schedules.decays import Ramp, half_wave, start
+from kopt.schedules.decays import start
+from kopt.schedules.ramps import Ramp, half_wave
 from kopt.schedules.time import Length, arithmetic, at_least, real
 
 
@@ -110,7 +111,7 @@ class CyclicalRate(Schedule):
 
     def check_base(self, base):
         if base > self.max_learning_rate:
-            allowed = f"at least the lowest value, which is {base:g}"
+            allowed = f"at least the lowest value, which is {base:g} here"
             checks.refuse("max_learning_rate", allowed, self.max_learning_rate)
 
     def value(self, time, base):
@@ -120,8 +121,7 @@ class CyclicalRate(Schedule):
         if self.mode == "triangular2":
             height = height * arithmetic(cycle).power(0.5, real(cycle))
         elif self.mode == "exp_range":
-            position, _ = time.measure(self.cycle)
-            height = height * arithmetic(position).exp(math.log(self.gamma) * real(position))
+            height = height * arithmetic(time.steps).exp(math.log(self.gamma) * real(time.steps))
         return low + (self.max_learning_rate - low) * height
 
 

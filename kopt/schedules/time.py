@@ -12,7 +12,17 @@ from keras import ops
 
 from kopt import checks
 
-CLOCK = "origin", "epoch", "start", "batches", "accumulation", "epochs", "is_fresh"  # what a fit tells, in this order
+CLOCK = (  # what a fit tells a schedule
+    "origin",  # the optimizer's count of updates at time 0
+    "epoch",  # which one it is
+    "start",  # the count when it began
+    "begun",  # the batches done when it began
+    "batches",  # of an epoch; 0 if nobody knows
+    "accumulation",  # batches of an update
+    "total",  # batches until the end of the fit
+    "is_fresh",  # whether no epoch has begun
+)
+END = 2**31 - 1  # of time: what an integer of a compiled step can be
 UNTOLD = (
     "it counts epochs, or leaves its length open, and nobody has told it what they are: count in steps (`steps=`, "
     "`every_steps=`, ...), or give `fit` any callback of kopt, such as `kopt.callbacks.RateMonitor()`"
@@ -36,6 +46,7 @@ class Length:
         """Judge the arguments `epochs` and `steps` of a schedule, which are called so after a prefix."""
         names = f"{prefix}epochs", f"{prefix}steps"
         epochs = checks.optional(checks.epochs)(names[0], epochs)
+        epochs = epochs and whole(epochs)
         steps = checks.optional(checks.count(1))(names[1], steps)
         if epochs is not None and steps is not None:
             checks.refuse(names[1], f"None beside `{names[0]}` ({epochs!r})", steps)
@@ -50,11 +61,19 @@ class Length:
     def __add__(self, other) -> "Length | None":
         """The sum of two lengths in one unit."""
         if None not in (self.epochs, other.epochs):
-            return Length(epochs=self.epochs + other.epochs)
+            return Length(epochs=whole(self.epochs + other.epochs))
         return Length(steps=self.steps + other.steps) if None not in (self.steps, other.steps) else None
+
+    def __mul__(self, times: int) -> "Length":
+        return Length(self.epochs and whole(self.epochs * times), self.steps and self.steps * times)
 
     def __str__(self):
         return f"epochs={self.epochs}" if self.steps is None else f"steps={self.steps}"
+
+
+def whole(number: float) -> float:
+    """A number as an integer where it is one."""
+    return int(number) if number == int(number) else number
 
 
 def arithmetic(*values):
@@ -71,9 +90,8 @@ def at_least(x, bound=0):
     return arithmetic(x, bound).maximum(x, bound)
 
 
-def _sum(number, by, bound=0):
-    """The sum, but no less than a bound; None if one of the two is not known."""
-    return None if number is None or by is None else at_least(number + by, bound)
+def at_most(x, bound):
+    return arithmetic(x, bound).minimum(x, bound)
 
 
 class Time:
@@ -99,9 +117,9 @@ class Time:
 
         Of one that does not know how many batches an epoch has, it is asked for nothing but steps and whole epochs.
         """
-        origin, epoch, start, batches, accumulation, epochs, _ = clock
+        origin, epoch, start, begun, batches, accumulation, total, _ = clock
         within = at_least(arithmetic(steps, batches).minimum((steps - start) * accumulation, batches))
-        return cls(steps - origin, epoch * batches + within, epoch, batches, epochs * batches, accumulation)
+        return cls(steps - origin, begun + within, epoch, batches, total, accumulation)
 
     @classmethod
     def of_steps(cls, steps, total, batches=None) -> "Time":
@@ -138,10 +156,13 @@ class Time:
             return self.total
         if length.steps is not None:
             return length.steps * self.accumulation
-        batches = length.epochs * self.batches if isinstance(length.epochs, int) else None
-        if batches is None:
+        if isinstance(length.epochs, int):
+            batches = length.epochs * self.batches
+        else:
             batches = arithmetic(self.batches).round(length.epochs * real(self.batches))
             batches = at_least(ops.cast(batches, "int32") if ops.is_tensor(batches) else int(batches), 1)
+        if isinstance(batches, int) and batches > END:
+            raise ValueError(f"{length} of {self.batches} batches are more than the {END} steps that can be counted")
         return batches
 
     def must_hold(self, schedule, *lengths) -> None:
@@ -161,19 +182,18 @@ class Time:
         """Whether so much time has passed."""
         if isinstance(length.epochs, int):  # needs no count of batches
             return self.epoch >= length.epochs
-        position, whole = self.measure(length)
-        return position >= whole
+        position, end = self.measure(length)
+        return position >= end
 
     def share(self, length):
         """How much of it has passed, from 0 to 1."""
-        position, whole = self.measure(length)
-        xp = arithmetic(position, whole)
-        return real(xp.minimum(position, whole)) / real(whole)
+        position, end = self.measure(length)
+        return real(at_most(position, end)) / real(end)
 
     def cycles(self, length):
         """How many such cycles have passed, an integer, and how much of this one, below 1."""
-        position, whole = self.measure(length)
-        return position // whole, real(position % whole) / real(whole)
+        position, end = self.measure(length)
+        return position // end, real(position % end) / real(end)
 
     def units(self, per, unit_steps):
         """The time in units, of an epoch or of so many steps: whole ones if `per` is "epoch", and otherwise exactly."""
@@ -186,25 +206,40 @@ class Time:
         return real(whole) if per == "epoch" else real(whole) + real(part) / real(unit)
 
     def since(self, length, times=1):
-        """This moment, counted from the end of so long a time; 0 before that."""
-        return self._moved(length, -times)
+        """This moment, counted from the end of so many such times; 0 before that."""
+        moved = self._moved(length, lambda number, by: at_least(number - by * times))
+        known = self._total is not None and (length.steps is not None or self._batches is not None)
+        moved._total = self._total - self.batches_in(length) * times if known else None
+        return moved
 
     def ahead(self, length):
         """The moment so much later, in a fit that is so much longer."""
-        return self._moved(length, 1)
 
-    def _moved(self, length, times):
-        moved = copy.copy(self)
+        def later(number, by):
+            return at_most(number, END - by) + by
+
+        moved = self._moved(length, later)
+        known = self._total is not None and (length.steps is not None or self._batches is not None)
+        moved._total = later(self._total, self.batches_in(length)) if known else None
+        return moved
+
+    def until(self, length):
+        """The same moment, but no later than the end of so long a time."""
+        return self._moved(length, at_most)
+
+    def _moved(self, length, change):
+        """The moment with `change(number, length in the same unit)` in place of each number; None if not known."""
         steps = batches = None
         if length.steps is not None:
-            steps, batches = length.steps * times, length.steps * times * self.accumulation
+            steps, batches = length.steps, length.steps * self.accumulation
         elif self._batches is not None:
-            batches = self.batches_in(length) * times
+            batches = self.batches_in(length)
             steps = batches // self.accumulation
-        moved._steps = _sum(self._steps, steps)
-        moved._done = _sum(self._done, batches)
-        moved._total = _sum(self._total, batches, bound=-(2**31))
-        moved._epoch = _sum(self._epoch, length.epochs * times) if isinstance(length.epochs, int) else None
+        epochs = length.epochs if isinstance(length.epochs, int) else None
+        moved = copy.copy(self)
+        for name, by in (("_steps", steps), ("_done", batches), ("_epoch", epochs)):
+            number = getattr(self, name)
+            setattr(moved, name, None if number is None or by is None else change(number, by))
         return moved
 
     def within(self, length):
