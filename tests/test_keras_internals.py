@@ -6,12 +6,13 @@ import types
 import keras
 import numpy as np
 import pytest
+from keras import ops
 
 import kopt
 from kopt import _keras
-from kopt._keras import running
+from kopt._keras import running, stepping
 from tests.conftest import BACKEND
-from tests.training import X, Y, fit, network
+from tests.training import START, STREAM, X, Y, fit, near, network
 
 KerasOptimizer = keras.optimizers.Optimizer
 
@@ -203,3 +204,52 @@ def test_the_first_epoch_is_asked_for_once():
     running.Fit.start_at(types.SimpleNamespace(model=model), 2)
     for expected in ([2], [0, 1, 2]):
         assert model.fit(X, Y, epochs=3, verbose=0).epoch == expected
+
+
+def test_the_source_of_a_rate_is_read_at_each_step_from_its_attribute():
+    """`stepping.stand_in_for_rate` puts a variable in place of a schedule."""
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
+    optimizer = keras.optimizers.SGD(schedule)
+    assert stepping.rate_source(optimizer) is schedule
+    variable = keras.Variable(0.25, trainable=False)
+    put_back = stepping.stand_in_for_rate(optimizer, variable)
+    assert stepping.rate_source(optimizer) is schedule
+    assert float(optimizer.learning_rate) == 0.25
+    optimizer.learning_rate = 0.5  # is no error then
+    assert float(variable) == 0.5
+    put_back()
+    assert optimizer._learning_rate is schedule
+    assert "_rate_source" not in vars(optimizer)
+
+
+@pytest.mark.parametrize(("cls", "names"), [
+    (keras.optimizers.Adam, ("beta_1", "beta_2")), (keras.optimizers.RMSprop, ("rho",)),
+    (keras.optimizers.AdamW, ("weight_decay",)), (keras.optimizers.Nadam, ("beta_1", "beta_2")),
+    (keras.optimizers.Adamax, ("beta_1", "beta_2")), (keras.optimizers.Lion, ("beta_1", "beta_2")),
+    (keras.optimizers.Adadelta, ("rho",)), (keras.optimizers.Lamb, ("beta_1", "beta_2"))])  # fmt: skip
+def test_numbers_of_keras_optimizers_are_attributes_read_at_each_step(cls, names):
+    for name in names:
+        optimizer, twin = cls(0.1), cls(0.1, **{name: 0.5})
+        optimizer.build([keras.Variable(START)])
+        twin.build([keras.Variable(START)])
+        for g in STREAM[:3]:
+            is_number = BACKEND == "torch"
+            before = vars(optimizer)[name]
+            vars(optimizer)[name] = 0.5 if is_number else keras.Variable(0.5, trainable=False)
+            for one in (optimizer, twin):
+                one.apply([ops.convert_to_tensor(g)])
+            vars(optimizer)[name] = before
+        near(optimizer._trainable_variables, twin._trainable_variables, 1e-5)
+
+
+def test_what_is_kept_unfiled_is_in_the_step_and_in_no_file():
+    optimizer = keras.optimizers.Adam(0.1)
+    optimizer.build([keras.Variable(START)])
+    stored = {}
+    optimizer.save_own_variables(stored)
+    kept = optimizer.add_variable((), "zeros", name="kept")
+    stepping.keep_unfiled(optimizer, optimizer, kept)
+    again = {}
+    optimizer.save_own_variables(again)
+    assert stored.keys() == again.keys()
+    assert any(variable is kept for variable in optimizer.variables)

@@ -750,7 +750,7 @@ def test_a_schedule_costs_the_same_however_many_variables_there_are(cls):
         plain = size_of_step(cls(0.1), [], count)
         added[count] = [size_of_step(cls(0.1), make(), count) - plain for make in (
             lambda: [kc.CosineDecay()], lambda: [kc.CosineDecay(), kc.WarmUp(epochs=1)])]  # fmt: skip
-    assert added[1] == added[20]
+    assert np.abs(np.subtract(added[20], added[1])).max() <= 2, added
     one, two = added[1]
     assert 0 < one < two < 250, added
 

@@ -15,7 +15,8 @@ class Schedule(InStep):
     `callbacks=[WarmUp(epochs=2), CosineDecay()]` warms up what decays. A schedule with a value of its own (`initial=`)
     takes its place; only one callback may have such a one. When `fit` ends, the optimizer has its own number again.
 
-    What else writes to the number (`ReduceLROnPlateau`, a callback of yours) changes it in that ratio from then on.
+    What else writes to the number (`ReduceLROnPlateau`, a callback of yours) changes it in that ratio from then on;
+    where the factors are zero, what is written is taken for the number without them.
     `optimizer.learning_rate` is the rate in use, and `History` and the logs of callbacks further down the list have,
     for each epoch, that of its last step.
 
