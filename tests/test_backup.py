@@ -16,7 +16,7 @@ from keras import ops
 
 import kopt
 from kopt import store
-from kopt.callbacks import backup, stock
+from kopt.callbacks import backup, stock, training
 from tests.conftest import BACKEND
 from tests.disks import Failing
 from tests.training import X, Y, equal, near, network, numpy
@@ -705,3 +705,31 @@ def test_the_best_weights_may_be_scalars(tmp_path):
     with pytest.raises(RuntimeError, match="stop"):
         scaled(tmp_path, Fails("on_epoch_begin", 3))
     assert equal(everything(scaled(tmp_path)), everything(scaled(tmp_path / "at once")))
+
+
+def test_an_inner_fit_with_the_same_callback_is_refused(tmp_path):
+    model, other = network(kopt.Adam(0.1)), network(kopt.Adam(0.1))
+    backup = BackupAndRestore(tmp_path, verbose=0)
+    inner = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: other.fit(X, Y, verbose=0, callbacks=[backup])
+    )
+    with pytest.raises(ValueError, match="`callbacks` must be others than those of the `fit` around this one"):
+        model.fit(X, Y, verbose=0, callbacks=[backup, inner])
+
+
+def test_a_backup_with_more_weights_is_refused_before_it_is_read(tmp_path):
+    def wide(units):
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(units), keras.layers.Dense(2)])
+        model.compile(kopt.Adam(0.1), loss="mse")
+        return model
+
+    wide(64).fit(X, Y, verbose=0, callbacks=[BackupAndRestore(tmp_path, verbose=0)])
+    with pytest.raises(ValueError, match="of another model, with more weights: 23 here, 450 in the backup"):
+        wide(3).fit(X, Y, verbose=0, callbacks=[BackupAndRestore(tmp_path, verbose=0)])
+
+
+def test_callbacks_of_one_class_are_told_apart():
+    stops = [keras.callbacks.EarlyStopping("loss") for _ in range(2)]
+    named = kopt.callbacks.RateMonitor(name="mine"), kopt.callbacks.RateMonitor()
+    keys = training.keyed([*stops, *named])
+    assert list(keys) == ["EarlyStopping", "EarlyStopping#2", "RateMonitor:mine", "RateMonitor"]
