@@ -838,3 +838,66 @@ def test_one_schedule_for_two_optimizers():
         for model in models:
             rates, _ = weigh(model, [kc.RateMonitor()], epochs=epochs)
             near(rates[: epochs * BATCHES], RATE * cosine(range(epochs * BATCHES), epochs * BATCHES))
+
+
+def test_a_batch_after_a_fit_that_raised_is_trained_at_the_own_rate():
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            raise KeyboardInterrupt
+
+    model = weighing(keras.optimizers.SGD(RATE))
+    with pytest.raises(KeyboardInterrupt):
+        weigh(model, [kc.CosineDecay(), Stop()])
+    before = model.get_weights()[0]
+    model.train_on_batch(np.eye(STEPS, dtype="float32")[[0, 0]], np.zeros((2, 1)))
+    near((before - model.get_weights()[0])[0], [RATE])
+
+
+def test_time_goes_on_in_a_fit_that_nobody_tells():
+    """As it does with Keras's schedules."""
+    for make, expected in (
+        (lambda: ks.StepDecay(0.5, every_epochs=1, initial=RATE), RATE * 0.5 ** (np.arange(STEPS) // 5)),
+        (lambda: ks.CosineDecay(epochs=EPOCHS, initial=RATE), RATE * cosine(range(STEPS), STEPS)),
+    ):
+        for cls in (kopt.SGD, keras.optimizers.SGD):
+            model = weighing(cls(make()))
+            first, _ = weigh(model, [kc.RateMonitor()], epochs=2)
+            second, _ = weigh(model, [], initial_epoch=2)
+            near(first + second, expected)
+            near(weigh(model, [kc.RateMonitor()])[0], expected)
+
+
+def test_an_open_schedule_within_several_optimizers():
+    def made(variable):
+        return keras.optimizers.SGD(ks.CosineDecay(initial=RATE))
+
+    model = weighing(Multi(made))
+    near(weigh(model, [kc.RateMonitor()])[0], RATE * cosine(range(STEPS), STEPS))
+
+
+@pytest.mark.parametrize("outer", [True, False])
+def test_a_fit_within_a_fit(outer):
+    """The inner one takes the outer one's schedule out, which that says at its end; without one it goes on."""
+    model = weighing(keras.optimizers.SGD(RATE))
+    inner = AtEpoch(1, lambda model: weigh(model, [kc.CosineDecay()]))
+    if outer:
+        with pytest.raises(RuntimeError, match="CosineDecay was taken out of the step by another `fit`"):
+            weigh(model, [kc.CosineDecay(), inner])
+    else:
+        rates, _ = weigh(model, [inner])
+        near(rates, RATE * (1 + cosine(range(STEPS), STEPS)))
+    assert float(ops.convert_to_numpy(model.optimizer.learning_rate)) == RATE
+
+
+def test_where_floats_have_16_bits():
+    floatx = keras.config.floatx()
+    keras.config.set_floatx("bfloat16")
+    try:
+        model, monitor = weighing(keras.optimizers.SGD(RATE)), kc.RateMonitor()
+        weigh(model, [kc.WarmUp(epochs=1), kc.CosineRestarts(cycle_epochs=2), monitor])
+    finally:
+        keras.config.set_floatx(floatx)
+    t = np.arange(STEPS)
+    np.testing.assert_allclose(
+        monitor.history["learning_rate"], RATE * np.minimum(t / 5, 1) * cosine(t % 10, 10), atol=4e-3
+    )

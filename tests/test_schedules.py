@@ -301,5 +301,15 @@ def test_a_schedule_of_ones_own():
     assert (ks.WarmUp(steps=2) * Half()).preview(3).tolist() == [0.0, 0.25, 0.5]
     assert repr(Half(0.2)) == "Half(share=0.2)"
     assert float(Half(initial=4.0)(1)) == 2.0
+
+    class Inverse(ks.Schedule):
+        def formula(self, time):
+            return 1 / (1 + time.units(unit_steps=1))
+
+    assert repr(2 * Inverse()) == "2.0 * Inverse()"
+    assert Inverse() == Inverse()
+    assert Inverse().get_config() == {}
+    both = Inverse() * ks.Constant(initial=1.0)
+    assert float(traced(both)(3)) == both.preview(4)[3] == 0.25
     with pytest.raises(NotImplementedError, match="must give a `formula`"):
         ks.Schedule().preview(1)

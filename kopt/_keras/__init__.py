@@ -211,6 +211,11 @@ def make_global_seeds() -> list:
     return [seed_generator.global_seed_generator().state]
 
 
+def fits_of(model) -> int:
+    """How many calls of the model's `fit` are running, one within the other."""
+    return sum(frame.f_code.co_name == "fit" and frame.f_locals.get("self") is model for frame in frames())
+
+
 def frames():
     """The frames of the callers, innermost first."""
     frame = sys._getframe(1)

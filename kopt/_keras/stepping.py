@@ -95,6 +95,14 @@ def where_made(optimizer):
         yield
 
 
+def build_if_several(optimizer, model) -> None:
+    """Build a MultiOptimizer, which does not know its optimizers before, if the model's weights are there."""
+    several = [one for one in nested(optimizer) if isinstance(one, keras.optimizers.MultiOptimizer) and not one.built]
+    if several and has_all_weights(model):
+        with where_made(optimizer):
+            optimizer.build(model.trainable_variables)
+
+
 def add_slot(optimizer, reference, name, initializer, dtype=None):
     """A variable of an optimizer for one of a model, where that is and laid out like it."""
     if isinstance(optimizer, _keras.OptimizerBridge):

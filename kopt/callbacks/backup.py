@@ -279,6 +279,7 @@ class BackupAndRestore(Callback):
         self._say(f"saved epoch {epoch}, step {step} as {number} in {run.store.directory}", 2)
 
     def on_train_end(self, logs=None):
+        super().on_train_end(logs)
         run, self.run = self.run, None
         self.ends.append(run.epoch)
         COMPLETED.add(run.store.directory)

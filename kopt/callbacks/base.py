@@ -22,7 +22,7 @@ class Callback(keras.callbacks.Callback):
     which KerasTuner makes for each trial, has neither the model nor what else `left_behind` names: None in their place.
 
     Each of them tells the schedules that are the learning rate of an optimizer how long the `fit` is. A subclass that
-    overrides `set_model`, `on_train_begin` or `on_epoch_begin` calls `super()`'s.
+    overrides `set_model`, `on_train_begin`, `on_epoch_begin` or `on_train_end` calls `super()`'s.
 
     Args:
         name: What the callback is called in a file and in messages; by default the name of its class.
@@ -55,6 +55,10 @@ class Callback(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         if self._rates and self._rates.found:
             self._rates.turn(self.model, epoch, self.params)
+
+    def on_train_end(self, logs=None):
+        if self._rates and self._rates.found:
+            self._rates.end(self.model)
 
     def __getstate__(self):
         return vars(self) | dict.fromkeys(vars(self).keys() & set(self.left_behind))
@@ -155,6 +159,7 @@ class InStep(Callback):
         self.on_test_begin(logs)
 
     def on_train_end(self, logs=None):
+        super().on_train_end(logs)
         if not self._begun:
             return
         if self._training is None:

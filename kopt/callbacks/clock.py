@@ -82,6 +82,12 @@ class Clock:
         told = [origin, epoch, updates, begun, span.batches, span.accumulation, span.total, 0]
         self.variable.assign(np.array(told, "int32"))
 
+    def end(self, updates) -> None:
+        """After a fit: time goes on with the updates, where another fit tells nothing."""
+        origin, epoch, _, begun, batches, *rest, _ = _keras.to_numpy(self.variable).tolist()
+        begun = min(begun + batches, END - batches)
+        self.variable.assign(np.array([origin, epoch + 1, updates, begun, batches, *rest, 1], "int32"))
+
 
 def add(optimizer):
     """The variable of a clock, in the optimizer."""
@@ -97,6 +103,7 @@ class Rates:
     def __init__(self, model):
         self.found = []
         whole = getattr(model, "optimizer", None)
+        stepping.build_if_several(whole, model)
         for optimizer in stepping.nested(whole):
             schedule = stepping.rate_source(optimizer)
             if isinstance(schedule, Schedule) and schedule.stands_alone and schedule.needs_clock():
@@ -117,3 +124,7 @@ class Rates:
         for optimizer, _, clock in self.found:
             updates = int(_keras.to_numpy(stepping.counter(optimizer)))
             clock.turn(epoch, updates, Span(params, stepping.batches_per_count(optimizer)))
+
+    def end(self, model) -> None:
+        for optimizer, _, clock in self.found:
+            clock.end(int(_keras.to_numpy(stepping.counter(optimizer))))

@@ -1,6 +1,6 @@
 """How callbacks get into the compiled step when `fit` begins, and out of it when it ends."""
 
-from kopt import checks
+from kopt import _keras, checks
 from kopt._keras import stepping
 
 
@@ -8,14 +8,15 @@ class Installation:
     """What the callbacks have in the training of one model; it stands in place of its `make_train_function`.
 
     That is the first thing that only a training calls: there the announced come in, and what a `fit` that raised has
-    left goes out. Such is left if `model.history` is another than it was, since each `fit` makes one anew.
+    left goes out. Such is left if `model.history` is another than it was, since each `fit` makes one anew, or if no
+    `fit` is running any more.
     """
 
     def __init__(self, model):
         self.model, self.make = model, model.make_train_function
         self.put_back = stepping.stand_in(model, "make_train_function", self)
         self.announced: list[tuple] = []  # pairs of a part and the history at the time
-        self.parts, self.steps, self.history = [], [], None
+        self.parts, self.steps, self.history, self.in_fit = [], [], None, False
         self.undo = []  # what takes back what was put into the optimizer, beside the steps
 
     @classmethod
@@ -29,7 +30,7 @@ class Installation:
                 self.withdraw(part)
         if self.announced:
             self.begin()
-        elif self.history is not self.history_now():
+        elif self.history is not self.history_now() or (self.in_fit and not _keras.fits_of(self.model)):
             self.clear()
         return self.make(force)
 
@@ -70,7 +71,7 @@ class Installation:
         self.join(parts)
 
     def join(self, parts) -> None:
-        self.history = self.history_now()
+        self.history, self.in_fit = self.history_now(), _keras.fits_of(self.model) > 0
         for part in parts:
             part._announced, part._training, part._begun = None, self, False
         self.parts += parts
@@ -115,6 +116,8 @@ class Installation:
         self.parts = [other for other in self.parts if other is not part]
         part._training = None
         self.model.train_function = None
+        if _keras.fits_of(self.model) > 1:  # the one around this one needs a train function
+            self.make()
         if not self.parts:
             self.take_back()
             self.steps = []

@@ -7,6 +7,7 @@ from kopt import _keras, backends, checks
 from kopt._keras import stepping
 from kopt.callbacks import drive
 from kopt.callbacks.base import InStep
+from kopt.schedules.time import at_most
 
 
 class RateMonitor(InStep):
@@ -71,7 +72,7 @@ class RateMonitor(InStep):
     def before_update(self, optimizer):
         count, room, kept = self._kept[id(optimizer)]
         place = backends.number(count, "int32")
-        place = ops.minimum(place, room - 1) if ops.is_tensor(place) else min(place, room - 1)
+        place = at_most(place, room - 1)
         for buffer, read in kept.values():
             value = ops.reshape(ops.cast(read(), buffer.dtype), (1,))
             buffer.assign(ops.slice_update(buffer.value, [place], value))

@@ -32,7 +32,8 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
 
     One whose length is open, or counted in epochs, learns from any callback of kopt in `fit` how long that is.
 
-    To write one, say in `formula` what the factor is at a `time`; keep the arguments under their own names.
+    To write one, say in `formula` what the factor is at a `time`: of `time.units()`, epochs as a float, or
+    `time.units(unit_steps=1)`, steps as a float, and keep the arguments under their own names.
 
     Example:
         >>> import kopt
@@ -138,16 +139,20 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         return algebra().Lasting(self, epochs=epochs, steps=steps)
 
     def get_config(self) -> dict:
-        return {
-            name: getattr(self, name) for name in inspect.signature(type(self).__init__).parameters if name != "self"
-        }
+        return {name: getattr(self, name) for name in self._defaults()}
+
+    @classmethod
+    def _defaults(cls) -> dict:
+        """The arguments of the constructor with their defaults."""
+        if cls.__init__ is object.__init__:
+            return {}
+        return {name: p.default for name, p in list(inspect.signature(cls.__init__).parameters.items())[1:]}
 
     def __getstate__(self):
         return vars(self) | {"clock": None}  # which belongs to an optimizer
 
     def __repr__(self):
-        defaults = inspect.signature(type(self).__init__).parameters
-        shown = {name: value for name, value in self.get_config().items() if value != defaults[name].default}
+        shown = {name: value for name, value in self.get_config().items() if value != self._defaults()[name]}
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def __eq__(self, other):

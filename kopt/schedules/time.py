@@ -87,11 +87,16 @@ def real(x):
 
 
 def at_least(x, bound=0):
-    return arithmetic(x, bound).maximum(x, bound)
+    return arithmetic(x, bound).maximum(x, _like(bound, x))
 
 
 def at_most(x, bound):
-    return arithmetic(x, bound).minimum(x, bound)
+    return arithmetic(x, bound).minimum(x, _like(bound, x))
+
+
+def _like(bound, x):
+    """A bound in the dtype of a tensor: Keras takes an integer beside one for a float where floats have 16 bits."""
+    return ops.convert_to_tensor(bound, x.dtype) if ops.is_tensor(x) and not ops.is_tensor(bound) else bound
 
 
 class Time:
@@ -117,9 +122,12 @@ class Time:
 
         Of one that does not know how many batches an epoch has, it is asked for nothing but steps and whole epochs.
         """
-        origin, epoch, start, begun, batches, accumulation, total, _ = clock
-        within = at_least(arithmetic(steps, batches).minimum((steps - start) * accumulation, batches))
-        return cls(steps - origin, begun + within, epoch, batches, total, accumulation)
+        origin, epoch, start, begun, batches, accumulation, total, is_fresh = clock
+        gone, xp = (steps - start) * accumulation, arithmetic(steps)
+        runs_on = xp.not_equal(is_fresh, 0)  # in a fit that nobody tells, after one that was told
+        within = at_least(xp.where(runs_on, gone, at_most(gone, batches)))
+        more = xp.where(xp.logical_and(runs_on, batches > 0), gone // at_least(batches, 1), 0 * gone)
+        return cls(steps - origin, begun + within, epoch + more, batches, total, accumulation)
 
     @classmethod
     def of_steps(cls, steps, total, batches=None) -> "Time":
@@ -195,7 +203,7 @@ class Time:
         position, end = self.measure(length)
         return position // end, real(position % end) / real(end)
 
-    def units(self, per, unit_steps):
+    def units(self, per="step", unit_steps=None):
         """The time in units, of an epoch or of so many steps: whole ones if `per` is "epoch", and otherwise exactly."""
         if unit_steps is not None:
             whole, part, unit = self.steps // unit_steps, self.steps % unit_steps, unit_steps
