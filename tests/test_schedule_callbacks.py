@@ -626,7 +626,7 @@ REFUSED = {
         kopt.SGD,
         {},
         lambda: kc.Schedule("beta_1", ks.Linear()),
-        r"this SGD can change during `fit` \(learning_rate\).*='beta_1'",
+        r"this SGD can change during `fit` \(learning_rate, momentum\).*='beta_1'",
     ),
     "no number": (kopt.SGD, {}, lambda: kc.Schedule("weight_decay", ks.Linear()), "this SGD"),
     "no slot": (kopt.SGD, {}, kc.MomentumAnneal, "built with momentum=0"),
