@@ -28,6 +28,13 @@ def test_what_is_drawn_are_the_values():
     assert len(ax.get_legend().get_texts()) == 4
 
 
+def test_one_cycle_has_two_curves():
+    cycle = kopt.callbacks.OneCycle(0.1)
+    rate, momentum = kopt.plot.schedule(cycle, steps=50).lines
+    np.testing.assert_array_equal(rate.get_ydata(), cycle.schedule.preview(50))
+    assert momentum.get_ydata().min() == pytest.approx(0.85)
+
+
 def test_a_record_in_given_axes(tmp_path):
     monitor = kopt.callbacks.RateMonitor()
     with pytest.raises(ValueError, match="that has seen a `fit`"):

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from kopt import checks, schedules
+from kopt import callbacks, checks, schedules
 
 
 def schedule(*shown, steps: int | None = None, steps_per_epoch: int | None = None, base: float = 1.0, ax=None):
@@ -30,7 +30,10 @@ def schedule(*shown, steps: int | None = None, steps_per_epoch: int | None = Non
     steps = checks.optional(checks.count(1))("steps", steps) or 1000
     curves = [curve for one in shown for curve in _curves(one, steps, steps_per_epoch, base)]
     if ax is None:
-        import matplotlib.pyplot as plt
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError:
+            raise ImportError("Pictures need matplotlib: `pip install kopt[plot]`") from None
 
         _, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
     for label, values in curves:
@@ -39,16 +42,21 @@ def schedule(*shown, steps: int | None = None, steps_per_epoch: int | None = Non
     ax.set_ylabel("value" if len(curves) > 1 else curves[0][0])
     ax.grid(alpha=0.3)
     if len(curves) > 1:
-        ax.legend()
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)  # above, where no curve is
     return ax
 
 
 def _curves(one, steps, steps_per_epoch, base):
-    if isinstance(getattr(one, "history", None), dict):  # a record
+    if isinstance(one, callbacks.RateMonitor):
         if not one.history:
             checks.refuse("shown", "a callback that has seen a `fit`", one)
         return list(one.history.items())
-    one = getattr(one, "schedule", one)  # of a callback
+    if isinstance(one, callbacks.OneCycle) and one.other_way is not None:
+        return _curves(one.schedule, steps, steps_per_epoch, base) + _curves(
+            one.other_way, steps, steps_per_epoch, base
+        )
+    if isinstance(one, callbacks.Schedule):
+        one = one.schedule
     if isinstance(one, schedules.Schedule):
         return [(repr(one), one.preview(steps, steps_per_epoch=steps_per_epoch, base=base))]
     if isinstance(one, keras.optimizers.schedules.LearningRateSchedule):
