@@ -52,9 +52,8 @@ def _curves(one, steps, steps_per_epoch, base):
             checks.refuse("shown", "a callback that has seen a `fit`", one)
         return list(one.history.items())
     if isinstance(one, callbacks.OneCycle) and one.other_way is not None:
-        return _curves(one.schedule, steps, steps_per_epoch, base) + _curves(
-            one.other_way, steps, steps_per_epoch, base
-        )
+        both = one.schedule, one.other_way
+        return [curve for each in both for curve in _curves(each, steps, steps_per_epoch, base)]
     if isinstance(one, callbacks.Schedule):
         one = one.schedule
     if isinstance(one, schedules.Schedule):
