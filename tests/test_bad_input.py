@@ -107,7 +107,7 @@ LEGAL = {
     "share": lambda v: 0 < number(v) <= 1 and exactly(v) <= 1,
     "inner": lambda v: 0 < number(v) < 1,
     "epochs": lambda v: 0 < number(v) < 2**31,
-    "names": lambda v: LEGAL["text"](v) or (bool(v) and several(v, LEGAL["text"])),
+    "names": lambda v: LEGAL["text"](v) or several(v, LEGAL["text"]),
     "two counts": lambda v: several(v, lambda n: whole(n) > 0) and len(v) == 2 and v[0] < v[1],
     "two nonnegatives": lambda v: several(v, lambda n: number(n) >= 0) and len(v) == 2,
     "two inners": lambda v: several(v, LEGAL["inner"]) and len(v) == 2 and v[0] <= v[1],
@@ -186,7 +186,7 @@ def test_arguments_are_taken_or_refused_as_declared(target, kinds, variables_mad
         "WarmUp": {"steps": 2},
         "CosineRestarts": {"cycle_steps": 2},
         "CyclicalRate": {"max_learning_rate": 3e38, "cycle_steps": 2},
-        "WarmUpStableDecay": {"warmup_steps": 1, "decay_steps": 1},
+        "WarmUpStableDecay": {"warmup_steps": 1, "decay_epochs": 1},
     }
     cases = 0
     for name, kind in kinds.items():

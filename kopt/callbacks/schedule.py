@@ -55,13 +55,12 @@ class Schedule(InStep):
 
     def prepare(self, model):
         self._drives, self._epoch = {}, None
-        for optimizer in stepping.updating(model.optimizer):
-            is_ours = isinstance(optimizer, _keras.OptimizerBridge)
-            if optimizer.gradient_accumulation_steps and not is_ours and stepping.is_replicated(optimizer):
-                allowed = "None under a strategy, where Keras's own accumulation fails; use one of kopt's optimizers"
-                checks.refuse("gradient_accumulation_steps", allowed, optimizer.gradient_accumulation_steps)
 
     def install(self, optimizer):
+        is_ours = isinstance(optimizer, _keras.OptimizerBridge)
+        if optimizer.gradient_accumulation_steps and not is_ours and stepping.is_replicated(optimizer):
+            allowed = "None under a strategy, where Keras's own accumulation fails; use one of kopt's optimizers"
+            checks.refuse("gradient_accumulation_steps", allowed, optimizer.gradient_accumulation_steps)
         drives = self._drives[id(optimizer)] = {}
         for name, schedule in self.driven(optimizer).items():
             one = drive.found(optimizer, name) or drive.make(self, optimizer, name)
