@@ -135,8 +135,14 @@ every_way = pytest.mark.parametrize(
 )
 
 
-@every_optimizer
-@every_way
+EVERY = [  # each optimizer goes one way at least; the others are slow
+    pytest.param(make, way, marks=() if (i + k) % len(WAYS) == 0 else pytest.mark.slow, id=f"{name}-{way}")
+    for i, (name, make) in enumerate(OPTIMIZERS.items())
+    for k, way in enumerate(WAYS)
+]
+
+
+@pytest.mark.parametrize(("make", "way"), EVERY)
 def test_the_mean_is_that_of_the_weights_after_each_update(make, way):
     x = X.copy()
     x[9] = np.nan if make is OPTIMIZERS["kopt skips"] else x[9]

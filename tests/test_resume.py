@@ -68,8 +68,11 @@ def was_killed(answer):
     return answer["status"] == 9
 
 
+FAST = EIGHT if BACKEND == "tensorflow" else ("shuffled", "steps")
+
+
 @pytest.mark.parametrize("scenario", [
-    pytest.param(name, marks=() if name in EIGHT else pytest.mark.slow) for name in SCENARIOS])  # fmt: skip
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in SCENARIOS])  # fmt: skip
 def test_a_killed_training_ends_the_same(scenario, trainings, tmp_path):
     hook, number = WHERE[scenario]
     assert was_killed(trainings.run(scenario, tmp_path, kill={"hook": hook, "number": number}))
