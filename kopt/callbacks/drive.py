@@ -179,8 +179,10 @@ def _number(variable):
 
 
 def _set(variable, value) -> None:
-    dtype = _keras.dtype_of(variable)
-    backends.set_number(variable, ops.cast(value, dtype) if ops.is_tensor(value) else float(value))
+    if backends.BACKEND == "torch":
+        backends.set_number(variable, float(value), None if _keras.is_stateless() else _keras.memory(variable))
+    else:
+        backends.set_number(variable, ops.cast(value, _keras.dtype_of(variable)))
 
 
 def _scale(number, last, scale, plain, own):
