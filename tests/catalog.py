@@ -10,6 +10,7 @@ from functools import partial
 
 import keras
 import numpy as np
+import pytest
 
 import kopt
 import kopt.callbacks as kc
@@ -266,8 +267,7 @@ STEPS = BATCHES * EPOCHS
 
 
 def torch_rates(make, steps, momentum=False):
-    import torch
-
+    torch = pytest.importorskip("torch", reason="torch comes with the extra `torch`")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))], 1.0, momentum=0.95)
     scheduler, rates = make(torch.optim.lr_scheduler)(optimizer), []
     for _ in range(steps):
@@ -283,9 +283,7 @@ def by_torch(make):
 
 def by_optax(make):
     def rates(steps):
-        import optax
-
-        schedule = make(optax)
+        schedule = make(pytest.importorskip("optax", reason="optax comes with the extra `jax`"))
         return [float(schedule(t)) for t in range(steps)]
 
     return rates
