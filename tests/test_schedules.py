@@ -153,6 +153,9 @@ class TestAlgebra:
         values = joined.preview(18, steps_per_epoch=5)
         np.testing.assert_allclose(values, [0, 0.2, 0.4, 0.6, 0.8, *[1.0] * 5, *[0.5] * 5, 2, 2, 2], atol=1e-15)
 
+    def test_nothing_is_left_for_an_open_end(self):
+        np.testing.assert_array_equal((self.warm >> ks.CosineDecay()).preview(4), self.warm.preview(4))
+
     def test_an_open_end_is_as_long_as_what_is_left(self):
         joined = self.warm >> ks.CosineDecay()
         np.testing.assert_allclose(joined.preview(12)[4:], ks.CosineDecay(steps=8).preview(8))

@@ -154,15 +154,21 @@ class OptimizerBridge(keras.optimizers.Optimizer):
         return self._learning_rate
 
     def rate_now(self):
-        """The learning rate of this step; on torch a schedule is asked on the host, not to wait for a device."""
-        schedule = self._learning_rate
-        if keras.backend.backend() == "torch" and isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
-            with keras.device("cpu"):
-                return schedule(keras.ops.convert_to_tensor(backends.number(self.iterations, "int32"), "int32"))
-        return self.learning_rate
+        """The learning rate of this step."""
+        return computed_rate(self, self._learning_rate) if self.rate_is_computed() else self._learning_rate
 
     def rate_is_computed(self) -> bool:
         return not isinstance(self._learning_rate, keras.Variable)
+
+
+def computed_rate(optimizer, source):
+    """The learning rate of the next update, from a schedule or a callable."""
+    if not isinstance(source, keras.optimizers.schedules.LearningRateSchedule):
+        return source()
+    if keras.backend.backend() != "torch":
+        return source(optimizer._iterations)
+    with keras.device("cpu"):  # on the host, not to wait for a device
+        return source(keras.ops.convert_to_tensor(backends.number(optimizer._iterations, "int32"), "int32"))
 
 
 def path_of(variable) -> str:
@@ -189,7 +195,7 @@ def optimizers_of(model) -> list:
 def _held(model):
     """What the attributes of a model, its layers and its losses hold."""
     losses = [loss for loss in keras.tree.flatten(model.loss) if isinstance(loss, keras.losses.Loss)]
-    for owner in [*model._flatten_layers(), *losses]:
+    for owner in [*layers_of(model), *losses]:
         values, seen = list(vars(owner).values())[::-1], set()
         while values:
             value = values.pop()
@@ -209,6 +215,19 @@ def global_seeds() -> list:
 
 def make_global_seeds() -> list:
     return [seed_generator.global_seed_generator().state]
+
+
+def layers_of(model) -> list:
+    """The model and all layers in it, however deep."""
+    return list(model._flatten_layers())
+
+
+def fetch_state(model) -> None:
+    """Let the variables of a model have their values, where JAX holds them between two steps."""
+    if model is not None:
+        callback = keras.callbacks.Callback()
+        callback.set_model(model)
+        callback.model  # noqa: B018  the property fetches them
 
 
 def fits_of(model) -> int:

@@ -4,7 +4,7 @@ import contextlib
 
 import keras
 
-from kopt import _keras, backends, checks
+from kopt import _keras, backends
 
 
 def nested(optimizer) -> list:
@@ -46,18 +46,6 @@ def stand_in_for_rate(optimizer, variable):
     return put_back
 
 
-def computed_rate(optimizer, source):
-    """The learning rate of the next update from a schedule or a callable."""
-    if not isinstance(source, keras.optimizers.schedules.LearningRateSchedule):
-        rate = source()
-    elif keras.backend.backend() == "torch":  # on the host, not to wait for a device
-        with keras.device("cpu"):
-            rate = source(keras.ops.convert_to_tensor(backends.number(counter(optimizer), "int32"), "int32"))
-    else:
-        rate = source(counter(optimizer))
-    return backends.number(rate, checks.held_dtype())
-
-
 def suffixes(optimizers) -> list[str]:
     """What tells several optimizers apart in logs."""
     names = [optimizer.name for optimizer in optimizers]
@@ -66,10 +54,10 @@ def suffixes(optimizers) -> list[str]:
     return [f"_{name}" if names.count(name) == 1 else f"_{name}_{i}" for i, name in enumerate(names)]
 
 
-def is_replicated(optimizer) -> bool:
-    """Whether the optimizer was made in the scope of a strategy."""
+def home_of(optimizer):
+    """The `tf.distribute` strategy in whose scope an optimizer was made; None without one."""
     home = getattr(optimizer, "_distribution_strategy", None)
-    return home is not None and backends.is_strategy(home)
+    return home if backends.is_strategy(home) else None
 
 
 def counter(optimizer):
@@ -84,14 +72,14 @@ def batches_per_count(optimizer) -> int:
 
 def has_all_weights(model) -> bool:
     """Whether every layer has its weights; TensorFlow makes some only when it traces the first step."""
-    return all(layer.built for layer in model._flatten_layers())
+    return all(layer.built for layer in _keras.layers_of(model))
 
 
 @contextlib.contextmanager
 def where_made(optimizer):
     """Out of any function that TensorFlow traces, and in the scope of the strategy that the optimizer was made in."""
-    home = getattr(optimizer, "_distribution_strategy", None)
-    with backends.eagerly(), home.scope() if backends.is_strategy(home) else contextlib.nullcontext():
+    home = home_of(optimizer)
+    with backends.eagerly(), home.scope() if home else contextlib.nullcontext():
         yield
 
 
@@ -171,14 +159,19 @@ class Unfiled:
     def __init__(self, optimizer, variable):
         self.optimizer, self.variable = optimizer, variable
 
-    @contextlib.contextmanager
     def hidden(self):
-        shown = self.optimizer._variables
-        vars(self.optimizer)["_variables"] = [variable for variable in shown if variable is not self.variable]
-        try:
-            yield
-        finally:
-            vars(self.optimizer)["_variables"] = shown
+        return without(self.optimizer, [self.variable])
+
+
+@contextlib.contextmanager
+def without(optimizer, variables):
+    """The optimizer without some of its variables."""
+    shown, left_out = optimizer._variables, {id(variable) for variable in variables}
+    vars(optimizer)["_variables"] = [variable for variable in shown if id(variable) not in left_out]
+    try:
+        yield
+    finally:
+        vars(optimizer)["_variables"] = shown
 
 
 def keep_unfiled(whole, optimizer, variable) -> None:
@@ -249,7 +242,7 @@ class Step:
     def install(self, part) -> None:
         """Let the part add its variables; from then on it is in the step."""
         known = {id(variable) for variable in self.shown}
-        self.parts = sorted([*self.parts, part], key=lambda one: one.place)
+        self.parts = sorted([*self.parts, part], key=lambda one: one.order)
         try:
             with where_made(self.optimizer):
                 part.install(self.optimizer)
@@ -277,17 +270,12 @@ class Step:
 
     @contextlib.contextmanager
     def hidden(self):
-        """The optimizer without what its parts have added."""
-        added = {id(variable) for variables in self.added.values() for variable in variables}
-        shown = self.optimizer._variables
-        vars(self.optimizer)["_variables"] = [variable for variable in shown if id(variable) not in added]
-        try:
-            with contextlib.ExitStack() as stack:
-                for part in self.parts:
-                    stack.enter_context(part.aside(self.optimizer))
-                yield
-        finally:
-            vars(self.optimizer)["_variables"] = shown
+        """The optimizer without what its parts have added, and with its own numbers in their places."""
+        added = [variable for variables in self.added.values() for variable in variables]
+        with without(self.optimizer, added), contextlib.ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(part.aside(self.optimizer))
+            yield
 
 
 @contextlib.contextmanager

@@ -29,7 +29,8 @@ class Callback(keras.callbacks.Callback):
     """
 
     left_behind: tuple[str, ...] = ("_model", "params", "_rates")
-    _rates = None  # the clocks of schedules
+    shared: tuple[str, ...] = ()  # arguments that a copy has in common with this one: data
+    _rates = ()  # the clocks of schedules
 
     def __init__(self, name: str | None = None):
         super().__init__()
@@ -49,15 +50,15 @@ class Callback(keras.callbacks.Callback):
         self._rates = Rates(model)
 
     def on_train_begin(self, logs=None):
-        if self._rates and self._rates.found:
+        if self._rates:
             self._rates.begin(self.params)
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self._rates and self._rates.found:
+        if self._rates:
             self._rates.turn(self.model, epoch, self.params)
 
     def on_train_end(self, logs=None):
-        if self._rates and self._rates.found:
+        if self._rates:
             self._rates.end(self.model)
 
     def __getstate__(self):
@@ -65,6 +66,7 @@ class Callback(keras.callbacks.Callback):
 
     def __deepcopy__(self, memo):
         twin = memo[id(self)] = type(self).__new__(type(self))
+        memo |= {id(getattr(self, name)): getattr(self, name) for name in self.shared}
         vars(twin).update(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
@@ -83,7 +85,7 @@ class InStep(Callback):
     """
 
     left_behind = (*Callback.left_behind, "_announced", "_training", "_begun")
-    place = 0  # those with a higher number come later, wherever they are in the list
+    order = 0  # those with a higher number come later, wherever they are in the list
     _announced = _training = _begun = None  # the `Installation` to come; the one it is in; whether that has begun
 
     def prepare(self, model) -> None:

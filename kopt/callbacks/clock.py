@@ -114,6 +114,9 @@ class Rates:
                 value = lambda time, schedule=schedule: schedule.value(time, None)  # noqa: E731
                 self.found.append((optimizer, schedule, Clock(schedule.clock, value)))
 
+    def __len__(self):
+        return len(self.found)
+
     def begin(self, params) -> None:
         for optimizer, schedule, clock in self.found:
             span = Span(params, stepping.batches_per_count(optimizer))

@@ -63,9 +63,8 @@ class Drive:
         """Set the number for the next update."""
         number, last, scale, plain, own = map(_number, (self.variable, self.last, self.scale, self.plain, self.own))
         scale = _scale(number, last, scale, plain, own)
-        time = Time.told(
-            backends.number(self.optimizer.iterations, "int32"), backends.numbers(self.clock.variable, "int32")
-        )
+        updates = backends.number(self.optimizer.iterations, "int32")
+        time = Time.told(updates, backends.numbers(self.clock.variable, "int32"))
         plain = self.value(time, self.base())
         for variable, value in ((self.scale, scale), (self.plain, plain), (self.last, scale * plain)):
             _set(variable, value)
@@ -112,8 +111,6 @@ class Drive:
         """Put it back, unless somebody has written another since the fit was broken off."""
         if read(self.variable) == read(self.last):
             self.variable.assign(self.own_now())
-            self.last.assign(_keras.to_numpy(self.variable))
-            self.plain.assign(read(self.own))
 
 
 class OfSource(Drive):
@@ -121,13 +118,13 @@ class OfSource(Drive):
 
     def __init__(self, part, optimizer, name):
         self.source = stepping.rate_source(optimizer)
-        rate = float(stepping.computed_rate(optimizer, self.source))
+        rate = float(_number(_keras.computed_rate(optimizer, self.source)))
         variable = part.add_variable(optimizer, (), _keras.constant(rate), name="learning_rate_in_use")
         super().__init__(part, optimizer, name, variable, rate)
         self.put_back = stepping.stand_in_for_rate(optimizer, variable)
 
     def base(self):
-        return stepping.computed_rate(self.optimizer, self.source)
+        return _number(_keras.computed_rate(self.optimizer, self.source))
 
     @contextlib.contextmanager
     def aside(self):
@@ -244,7 +241,7 @@ def reader(optimizer, name):
         if driven is not None:
             return _number(driven.last)
         if name == "learning_rate":
-            return _number(source) if isinstance(source, keras.Variable) else stepping.computed_rate(optimizer, source)
+            return _number(source if isinstance(source, keras.Variable) else _keras.computed_rate(optimizer, source))
         if isinstance(optimizer, _keras.OptimizerBridge):
             return _number(optimizer.hyper_variables[name])
         return getattr(optimizer, name)

@@ -33,7 +33,7 @@ class RateMonitor(InStep):
     """
 
     left_behind = (*InStep.left_behind, "_kept")
-    place = 1  # after those that set the numbers
+    order = 1  # after those that set the numbers
     _kept = None  # id of an optimizer -> the count, and by name its buffer and what it reads
 
     def __init__(self, hyperparameters=("learning_rate",), *, capacity: int | None = None, name: str | None = None):
@@ -71,8 +71,7 @@ class RateMonitor(InStep):
 
     def before_update(self, optimizer):
         count, room, kept = self._kept[id(optimizer)]
-        place = backends.number(count, "int32")
-        place = at_most(place, room - 1)
+        place = at_most(backends.number(count, "int32"), room - 1)
         for buffer, read in kept.values():
             value = ops.reshape(ops.cast(read(), buffer.dtype), (1,))
             buffer.assign(ops.slice_update(buffer.value, [place], value))

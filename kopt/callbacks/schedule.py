@@ -58,7 +58,7 @@ class Schedule(InStep):
 
     def install(self, optimizer):
         is_ours = isinstance(optimizer, _keras.OptimizerBridge)
-        if optimizer.gradient_accumulation_steps and not is_ours and stepping.is_replicated(optimizer):
+        if optimizer.gradient_accumulation_steps and not is_ours and stepping.home_of(optimizer):
             allowed = "None under a strategy, where Keras's own accumulation fails; use one of kopt's optimizers"
             checks.refuse("gradient_accumulation_steps", allowed, optimizer.gradient_accumulation_steps)
         drives = self._drives[id(optimizer)] = {}

@@ -46,24 +46,16 @@ class Expression(Schedule):
     def bracketed(self, part, least) -> str:
         return f"({part!r})" if part.binds < least else repr(part)
 
+    def check_base(self, base):
+        for part in self.parts:
+            part.check_base(base)
+
     def get_config(self):
-        return {name: _portable(value) for name, value in super().get_config().items()}
+        return keras.saving.serialize_keras_object(super().get_config())
 
     @classmethod
     def from_config(cls, config):
-        return cls(**{name: _revived(value) for name, value in config.items()})
-
-
-def _portable(value):
-    if isinstance(value, list):
-        return [_portable(item) for item in value]
-    return keras.saving.serialize_keras_object(value) if isinstance(value, Schedule) else value
-
-
-def _revived(value):
-    if isinstance(value, list):
-        return [_revived(item) for item in value]
-    return keras.saving.deserialize_keras_object(value) if isinstance(value, dict) else value
+        return cls(**{name: keras.saving.deserialize_keras_object(value) for name, value in config.items()})
 
 
 @_keras.register
@@ -73,7 +65,7 @@ class Product(Expression):
     binds = PRODUCT
 
     def __init__(self, first, second):
-        self.first, self.second = _schedules([first, second])
+        self.first, self.second = self.parts = _schedules([first, second])
         if not (first.is_factor or second.is_factor):
             checks.refuse("schedules", "a factor and another: only one can have a value of its own", [first, second])
         self.length = _longest([part.length for part in (first, second) if type(part) is not Constant])
@@ -88,9 +80,6 @@ class Product(Expression):
 
     def formula(self, time):
         return self.first.formula(time) * self.second.formula(time)
-
-    def check_base(self, base):
-        _check_base([self.first, self.second], base)
 
     def validate(self, time):
         self.first.validate(time)
@@ -145,9 +134,6 @@ class Joined(Expression):
             value = arithmetic(end).where(end, value, before)
         return value
 
-    def check_base(self, base):
-        _check_base(self.parts, base)
-
     def validate(self, time):
         for part in self.parts[:-1]:
             time.must_hold(self, part.length)
@@ -165,7 +151,7 @@ class Changed(Expression):
     """One schedule at another time."""
 
     def _of(self, schedule):
-        self.schedule, self.length = schedule, schedule.length
+        self.schedule, self.length, self.parts = schedule, schedule.length, [schedule]
 
     is_factor = property(lambda self: self.schedule.is_factor)
     stands_alone = property(lambda self: self.schedule.stands_alone)
@@ -179,9 +165,6 @@ class Changed(Expression):
 
     def formula(self, time):
         return self.schedule.formula(self.moved(time))
-
-    def check_base(self, base):
-        _check_base([self.schedule], base)
 
     def validate(self, time):
         self.schedule.validate(self.moved(time))
@@ -246,8 +229,3 @@ class Lasting(Changed):
 
     def called(self):
         return "lasting", str(self.length)
-
-
-def _check_base(parts, base):
-    for part in parts:
-        part.check_base(base)

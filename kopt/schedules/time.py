@@ -179,11 +179,11 @@ class Time:
             return
         needed = sum(self.batches_in(length) for length in lengths)
         if needed > self.total:
-            raise ValueError(f"{schedule} takes {needed} batches, but there are only {max(self.total, 0)} for it.")
+            raise ValueError(f"{schedule} takes {needed} batches, but there are only {self.total} for it.")
 
     def must_go_on(self, schedule) -> None:
         """Refuse a fit that is over before the last part of a schedule begins."""
-        if self._total is not None and self.total <= 0:
+        if self._total == 0:
             raise ValueError(f"{schedule} leaves no time for its last part: the fit is over before it.")
 
     def is_over(self, length):
@@ -196,7 +196,7 @@ class Time:
     def share(self, length):
         """How much of it has passed, from 0 to 1."""
         position, end = self.measure(length)
-        return real(at_most(position, end)) / real(end)
+        return real(at_most(position, end)) / real(at_least(end, 1))  # 0 where the fit ends before it begins
 
     def cycles(self, length):
         """How many such cycles have passed, an integer, and how much of this one, below 1."""
@@ -215,27 +215,17 @@ class Time:
 
     def since(self, length, times=1):
         """This moment, counted from the end of so many such times; 0 before that."""
-        moved = self._moved(length, lambda number, by: at_least(number - by * times))
-        known = self._total is not None and (length.steps is not None or self._batches is not None)
-        moved._total = self._total - self.batches_in(length) * times if known else None
-        return moved
+        return self._moved(length, lambda number, by: at_least(number - by * times), ["_total"])
 
     def ahead(self, length):
         """The moment so much later, in a fit that is so much longer."""
-
-        def later(number, by):
-            return at_most(number, END - by) + by
-
-        moved = self._moved(length, later)
-        known = self._total is not None and (length.steps is not None or self._batches is not None)
-        moved._total = later(self._total, self.batches_in(length)) if known else None
-        return moved
+        return self._moved(length, lambda number, by: at_most(number, END - by) + by, ["_total"])
 
     def until(self, length):
         """The same moment, but no later than the end of so long a time."""
         return self._moved(length, at_most)
 
-    def _moved(self, length, change):
+    def _moved(self, length, change, also=()):
         """The moment with `change(number, length in the same unit)` in place of each number; None if not known."""
         steps = batches = None
         if length.steps is not None:
@@ -244,8 +234,9 @@ class Time:
             batches = self.batches_in(length)
             steps = batches // self.accumulation
         epochs = length.epochs if isinstance(length.epochs, int) else None
+        lengths = {"_steps": steps, "_done": batches, "_epoch": epochs} | dict.fromkeys(also, batches)
         moved = copy.copy(self)
-        for name, by in (("_steps", steps), ("_done", batches), ("_epoch", epochs)):
+        for name, by in lengths.items():
             number = getattr(self, name)
             setattr(moved, name, None if number is None or by is None else change(number, by))
         return moved
