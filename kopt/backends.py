@@ -131,6 +131,20 @@ def as_written(function):
     return torch.compiler.disable(function) if BACKEND == "torch" else function
 
 
+def compiled(function):
+    """The function, compiled where the backend compiles."""
+    if BACKEND == "tensorflow":
+        return tf.function(function, autograph=False, reduce_retracing=True)
+    return jax.jit(function) if BACKEND == "jax" else function
+
+
+def both(one, other):
+    """Whether both hold, of truth values and tensors, as `when` takes it."""
+    if is_symbolic(one) or is_symbolic(other):
+        return ops.logical_and(one, other)
+    return bool(one) and bool(other)
+
+
 # Conditions
 
 
@@ -230,6 +244,14 @@ def subtract(variable, step) -> None:
         native(variable).assign_sub(step)
     else:
         variable.assign(read(variable, step.dtype) - step)
+
+
+def lerp_in_place(slots, variables, weight) -> None:
+    """Move torch's slots so far towards the variables, all in one operation."""
+    ends = [variable.value for variable in variables]
+    starts = [slot.value for slot in slots]
+    with torch.no_grad():
+        torch._foreach_lerp_(starts, [end.to(start.dtype) for start, end in zip(starts, ends, strict=True)], weight)
 
 
 def spread(x, like):

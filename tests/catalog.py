@@ -667,11 +667,29 @@ KINDS = {
     },
     kopt.data.seekable: {"source": "data", "num_batches": "count 1?", "shuffle": "boolean", "seed": "count 0"},
     kopt.load_optimizer: {"model": "a compiled model", "path": "a file of it"},
+    kopt.update_bn: {"model": "a built model", "data": "batches", "batch_size": "count 1"},
+    kc.PolyakAveraging: {
+        "momentum": "fraction",
+        "kind": "ema|uniform",
+        "start_epoch": "count 0",
+        "update_every_steps": "count 1",
+        "bias_correction": "boolean",
+        "warmup_steps": "count 0",
+        "window_steps": "window?",
+        "window_epochs": "epochs?",
+        "update_bn": "batches?",
+        "validate": "averaged|raw",  # "both" wants `validation_data`
+        "validation_data": "batches?",
+        "on_train_end": "averaged|raw",
+        "segment_every_epochs": "count 1?",
+        "name": "text?",
+    },
 }
-TRIED_ELSEWHERE = {  # the step makes `At`; tests/test_loading.py and tests/test_plot.py try the others
+TRIED_ELSEWHERE = {  # the step makes `At`; tests/test_loading.py, test_plot.py and test_batch_norm.py try the others
     kopt.At,
     kopt.load_optimizer,
     kopt.plot.schedule,
+    kopt.update_bn,
 }
 PUBLIC = {
     f"{module.__name__}.{name}": value
@@ -685,6 +703,7 @@ NEEDED = {
     "ema_overwrite_frequency": {"use_ema": True},
     "name": {"doc": "a slot"},
     "gamma": {"mode": "exp_range"},
+    "validation_data": {"validate": "both"},
 }
 INSTEAD = {  # two arguments of which only one is given
     one: other

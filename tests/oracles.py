@@ -143,3 +143,22 @@ def trapezoid(t, batches, total, up, down, shape, final, length=None):
     x = min((t - (n - down)) / down, 1)
     left = {"linear": 1 - x, "cosine": math.cos(math.pi / 2 * x) ** 2, "sqrt": 1 - x**0.5}[shape]
     return min(final + (1 - final) * left, t / up)
+
+
+def polyak(series, momentum, every=1, warmup=None, corrected=True):
+    """The average of a series of weights: V = m V + (1 - m) w, divided by what of it is data; with m = 1 their mean.
+
+    In a warm-up m is such that 1 / (1 - m) grows along a line, from 1 at the first to its value after `warmup`.
+    """
+    series = [np.asarray(w, "float64") for w in series][every - 1 :: every]
+    if momentum == 1:
+        return sum(series) / len(series)
+    m, average, known = momentum**every, 0.0, 0.0
+    for i, w in enumerate(series):
+        now = m
+        if warmup is not None:
+            now = min(m, 1 - 1 / (1 + (1 / (1 - m) - 1) * i * every / warmup))
+        if not corrected:
+            now = now if i else 0.0
+        average, known = now * average + (1 - now) * w, now * known + (1 - now)
+    return average / known

@@ -144,6 +144,15 @@ def following(rate):
     return ADAM(kopt.schedules.WarmUp(steps=5) >> kopt.schedules.CosineDecay(initial=rate))
 
 
+def polyak():
+    return kopt.callbacks.PolyakAveraging(momentum=0.9, update_bn=X, segment_every_epochs=1)
+
+
+def swa():
+    more = {"validate": "both", "validation_data": (X, Y), "on_train_end": "raw"}
+    return kopt.callbacks.PolyakAveraging(kind="uniform", start_epoch=2, update_every_steps=3, **more)
+
+
 def smaller():
     return keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.9)
 
@@ -173,6 +182,7 @@ CALLBACK_STATE = (
     "seen",
     "found",
     "history",
+    "segments_",
     "_batches_seen_since_last_saving",
 )
 ADAM = keras.optimizers.Adam
@@ -220,6 +230,20 @@ SCENARIOS = EIGHT | {
         steps=3,
     ),
     "following": Scenario(following, steps=3),
+    "polyak": Scenario(
+        ADAM,
+        {"gradient_accumulation_steps": 3},
+        layer=lambda: layers.BatchNormalization(momentum=0.9),
+        callbacks=(polyak, lambda: keras.callbacks.EarlyStopping(patience=9, restore_best_weights=True)),
+        fit={"validation_split": 0.1},
+        steps=3,
+        first=True,
+    ),
+    "swa": Scenario(
+        kopt.SGD,
+        {"momentum": 0.9, "nonfinite": "skip"},
+        callbacks=(lambda: kopt.callbacks.CyclicalRate(0.1, cycle_epochs=1), swa),
+    ),
     "narrow": Scenario(layer=lambda: layers.Dense(3, dtype="bfloat16"), steps=3),
     "cut": Scenario(fit={"steps_per_epoch": 3}, steps=2),
     "seek": Scenario(data=lambda: (kopt.data.seekable(Batches(1, workers=2), shuffle=True), None), steps=3),

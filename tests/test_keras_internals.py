@@ -253,3 +253,58 @@ def test_what_is_kept_unfiled_is_in_the_step_and_in_no_file():
     optimizer.save_own_variables(again)
     assert stored.keys() == again.keys()
     assert any(variable is kept for variable in optimizer.variables)
+
+
+def test_in_which_methods_callbacks_take_the_weights(tmp_path):
+    taken, model = [], network("sgd")
+    watched = type("Watched", (type(model),), {"get_weights": lambda self: taken.append("get") or []})
+    for frequency, expected in (("epoch", 2), (1, 6)):
+        save = keras.callbacks.ModelCheckpoint(tmp_path / "m.weights.h5", save_freq=frequency, save_weights_only=True)
+        name, calls = _keras.keeping_method(save), []
+        setattr(save, name, lambda *args, calls=calls, **more: calls.append(1))
+        model.fit(X, Y, batch_size=8, epochs=2, verbose=0, callbacks=[save])
+        assert len(calls) == expected
+        assert not list(tmp_path.iterdir())
+    stop = keras.callbacks.EarlyStopping("loss", restore_best_weights=True)
+    stop.set_model(watched([keras.Input((4,))]))
+    stop.on_train_begin()
+    assert not taken
+    getattr(stop, _keras.keeping_method(stop))(0, {"loss": 1.0})
+    assert taken
+    assert _keras.keeping_method(keras.callbacks.EarlyStopping()) is None
+
+
+def test_the_direction_of_a_metric_is_told_by_its_name():
+    model = network("sgd", metrics=["accuracy"])
+    model.fit(X, Y, verbose=0)
+    for metric, expected in (("val_accuracy", ops.greater), ("val_loss", ops.less)):
+        callback = keras.callbacks.EarlyStopping("val_averaged_loss", min_delta=0.5)
+        callback.set_model(model)
+        for _ in range(2):
+            _keras.tell_direction(callback, metric)
+        assert callback.monitor_op is expected
+        assert callback.monitor == "val_averaged_loss"
+        assert callback.min_delta == (0.5 if expected is ops.greater else -0.5)
+
+
+def test_validation_within_fit_is_a_call_of_evaluate_with_the_list_of_callbacks():
+    model, calls = network("sgd"), []
+    evaluate = model.evaluate
+    vars(model)["evaluate"] = lambda *args, **more: calls.append(more["callbacks"]) or evaluate(*args, **more)
+    callback = keras.callbacks.Callback()
+    model.fit(X, Y, epochs=2, verbose=0, validation_data=(X, Y), callbacks=[callback])
+    assert [callback in one.callbacks for one in calls] == [True, True]
+
+
+def test_a_model_is_compiled_like_another():
+    loss = lambda y, found: ops.mean(ops.square(y - found), axis=-1)  # noqa: E731
+    model = network(keras.optimizers.Adam(0.25), metrics=["mae", keras.metrics.MeanSquaredError(name="own")])
+    model.compile(model.optimizer, loss=loss, metrics=["mae", keras.metrics.MeanSquaredError(name="own")])
+    twin = _keras.made_from_config(model)
+    assert not twin.compiled
+    _keras.compile_like(twin, model)
+    twin.set_weights(model.get_weights())
+    assert twin.evaluate(X, Y, verbose=0) == model.evaluate(X, Y, verbose=0)
+    assert float(twin.optimizer.learning_rate) == 0.25
+    assert twin.optimizer is not model.optimizer
+    assert not {id(one) for one in twin.metrics_variables} & {id(one) for one in model.metrics_variables}

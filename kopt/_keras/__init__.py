@@ -5,11 +5,13 @@ Every private name used here has a test in `tests/test_keras_internals.py` that 
 
 import contextlib
 import sys
+import warnings
 
 import keras
 import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.random import seed_generator
+from keras.src.saving.serialization_lib import SafeModeScope
 
 from kopt import backends, checks
 
@@ -228,6 +230,46 @@ def fetch_state(model) -> None:
         callback = keras.callbacks.Callback()
         callback.set_model(model)
         callback.model  # noqa: B018  the property fetches them
+
+
+def keeping_method(callback) -> str | None:
+    """The name of the method in which one of Keras's callbacks takes the weights of the model, to keep or save them."""
+    if isinstance(callback, keras.callbacks.EarlyStopping):
+        return "on_epoch_end" if callback.restore_best_weights else None
+    return "_save_model" if isinstance(callback, keras.callbacks.ModelCheckpoint) else None
+
+
+def tell_direction(callback, metric) -> None:
+    """Let a callback that monitors what Keras does not know take the direction, up or down, of a metric of Keras's."""
+    if getattr(callback, "mode", None) == "auto" and getattr(callback, "monitor_op", True) is None:
+        monitor, callback.monitor = callback.monitor, metric
+        try:
+            callback._set_monitor_op()
+        finally:
+            callback.monitor = monitor
+
+
+def made_from_config(model):
+    """A model like this one, from its config, built but not compiled; its own code in a `lambda` is no danger."""
+    known = {type(layer).__name__: type(layer) for layer in layers_of(model)}
+    with keras.saving.CustomObjectScope(known), SafeModeScope(False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
+        twin = type(model).from_config(model.get_config())
+        if not twin.built:
+            twin.build_from_config(model.get_build_config())
+    return twin
+
+
+def compile_like(twin, model) -> None:
+    """Compile a model like another: with the same functions, but objects with a state, as metrics, of its own."""
+    owned = keras.optimizers.Optimizer, keras.metrics.Metric
+
+    def own(given):
+        return type(given).from_config(given.get_config()) if isinstance(given, owned) else given
+
+    twin.compile(**keras.tree.map_structure(own, dict(model._compile_config.config)))
+    if isinstance(twin.optimizer, keras.optimizers.Optimizer):
+        twin.optimizer.build(twin.trainable_variables)
 
 
 def fits_of(model) -> int:

@@ -1,0 +1,176 @@
+"""The moving statistics of batch normalization, estimated anew for the weights that a model has."""
+
+import math
+
+import keras
+import numpy as np
+
+from kopt import _keras, backends, checks, weights
+
+
+def update_bn(model, data, batch_size: int = 32) -> None:
+    """Estimate the moving statistics of all `BatchNormalization` layers anew, in one compiled pass through the data.
+
+    Averaged weights need it: the statistics in the model are those of other weights. The mean of a layer is the mean
+    over all rows, and the variance is pooled: the mean of the batches' variances, and the variance of their means.
+    Nothing else changes: no weight, no random state, no metric. Layers that are frozen, or have `momentum=1`, are left
+    alone. Dropout is active, as when the statistics of training are made. Some 50 batches say enough.
+
+    Args:
+        model: A model with its weights.
+        data: What the model was trained on: arrays `x` or `(x, y)`, a `tf.data.Dataset`, a `PyDataset`, a `DataLoader`;
+            with several inputs, as for `fit`. What stands for `y` is not used.
+        batch_size: How arrays are split.
+
+    Example:
+
+    >>> import keras, kopt, numpy as np
+    >>> layer = keras.layers.BatchNormalization()
+    >>> model = keras.Sequential([keras.Input((1,)), layer])
+    >>> kopt.update_bn(model, np.array([[1.0], [2.0], [6.0]]))
+    >>> keras.ops.convert_to_numpy(layer.moving_mean).tolist()
+    [3.0]
+    """
+    check_batches("data", data)
+    statistics = Statistics(model)
+    weights.assign(statistics.variables, statistics.estimate(data, checks.count(1)("batch_size", batch_size)))
+
+
+class Statistics:
+    """The moving means and variances of a model, and the compiled pass that estimates them."""
+
+    def __init__(self, model):
+        if not isinstance(model, keras.Model):
+            checks.refuse("model", "a keras.Model", model)
+        _keras.fetch_state(model)
+        self.model = model
+        layers = [one for one in _keras.layers_of(model) if isinstance(one, keras.layers.BatchNormalization)]
+        if wrong := [layer.name for layer in layers if layer.renorm]:
+            checks.refuse("model", "one without `renorm=True` in its BatchNormalization", wrong)
+        if wrong := [layer.name for layer in layers if not layer.built]:
+            checks.refuse("model", "built, so that its BatchNormalization has statistics", wrong)
+        self.layers = list({id(layer): layer for layer in layers}.values())
+        self.variables = [one for layer in self.layers for one in (layer.moving_mean, layer.moving_variance)]
+        places = {id(variable): place for place, variable in enumerate(model.non_trainable_variables)}
+        self.places = [places[id(variable)] for variable in self.variables]
+        self.run = self._run if getattr(model, "run_eagerly", False) else backends.compiled(self._run)
+
+    def _run(self, trainable, others, x):
+        """What the moving statistics become in one step of training."""
+        _, others = self.model.stateless_call(trainable, others, x, training=True)
+        return [others[place] for place in self.places]
+
+    def _values(self, trainable, others, x) -> list[np.ndarray]:
+        with backends.unrecorded():
+            return [keras.ops.convert_to_numpy(value).astype("float64") for value in self.run(trainable, others, x)]
+
+    def estimate(self, data, batch_size=32) -> list[np.ndarray]:
+        """The statistics over the data; those of layers that take no part stay."""
+        kept = weights.arrays(self.variables)
+        if not self.layers:
+            return kept
+        _keras.fetch_state(self.model)
+        trainable, others = (
+            [backends.read(variable, variable.dtype) for variable in variables]
+            for variables in (self.model.trainable_variables, self.model.non_trainable_variables)
+        )
+        zeros, shares, pooled = self._set(others, keras.ops.zeros_like), None, Pooled()
+        for x in batches(data, batch_size):
+            found = self._values(trainable, zeros, x)
+            if shares is None:
+                ones = self._set(others, keras.ops.ones_like)
+                shares = self._shares(found, self._values(trainable, ones, x))
+            found = [value / (share or 1) for value, share in zip(found, shares, strict=True)]
+            pooled.add(keras.tree.flatten(x)[0].shape[0], found[::2], found[1::2])
+        if shares is None:
+            checks.refuse("data", "not empty", data)
+        new = [value for pair in zip(pooled.means, pooled.variances, strict=True) for value in pair]
+        return [value.astype(old.dtype) if share else old for value, old, share in zip(new, kept, shares, strict=True)]
+
+    def _set(self, others, fill) -> list:
+        """The variables that are not trained, with something else in the places of the statistics."""
+        return [fill(value) if place in set(self.places) else value for place, value in enumerate(others)]
+
+    def _shares(self, from_zeros, from_ones) -> list[float]:
+        """How much of a statistic is data after one step: `1 - momentum**k` of a layer that is called k times.
+
+        What is left of a one is `momentum**k`; in float32 that is enough to tell k. A frozen layer has k = 0.
+        """
+        found = []
+        for layer, zero, one in zip(self.layers, from_zeros[::2], from_ones[::2], strict=True):
+            left = float(np.median(one - zero))
+            m = layer.momentum
+            calls = max(1, round(math.log(left) / math.log(m))) if 0 < m < 1 and left > 0 else 1
+            share = 0.0 if m >= 1 or left > (1 + m) / 2 else 1 - m**calls
+            found += [share, share]
+        return found
+
+
+class Pooled:
+    """The means and variances over the rows of all batches, from those of each."""
+
+    def __init__(self):
+        self.rows, self.means, self.variances = 0, 0.0, 0.0
+
+    def add(self, rows, means, variances) -> None:
+        self.rows += rows
+        share = rows / self.rows
+        if share == 1:
+            self.means, self.variances = list(means), list(variances)
+            return
+        for i, (mean, variance) in enumerate(zip(means, variances, strict=True)):
+            off = mean - self.means[i]
+            self.means[i] += share * off
+            self.variances[i] += share * (variance - self.variances[i] + (1 - share) * off**2)
+
+
+def check_batches(name, data):
+    """Refuse what `batches` cannot go through again and again; the data, if it can."""
+    allowed = "arrays, (arrays, targets), or batches that can be read again: a Dataset, a PyDataset, a DataLoader"
+    if _has_rows(data):
+        counts = {part.shape[0] for part in keras.tree.flatten(_inputs(data))}
+        allowed += ", with as many rows of each array, and at least one"
+        is_fit = len(counts) == 1 and counts != {0}
+    elif isinstance(data, keras.utils.PyDataset):
+        is_fit = data.num_batches is not None
+    elif backends.is_dataset(data):
+        is_fit = int(data.cardinality()) != -1  # which says that it never ends
+    else:
+        known = (str, bytes, dict, list, tuple, set, frozenset, type, keras.layers.Layer)
+        is_fit = not isinstance(data, known) and not hasattr(data, "shape") and hasattr(data, "__iter__")
+        is_fit = is_fit and iter(data) is not data  # a generator can be read once
+    return data if is_fit else checks.refuse(name, allowed, data)
+
+
+def batches(data, batch_size):
+    """The inputs of each batch, without targets and sample weights."""
+    if _has_rows(data):
+        inputs = _inputs(data)
+        count = keras.tree.flatten(inputs)[0].shape[0]
+        for start in range(0, count, batch_size):
+            rows = slice(start, start + batch_size)
+            yield keras.tree.map_structure(lambda part, rows=rows: part[rows], inputs)
+    elif isinstance(data, keras.utils.PyDataset):
+        for place in range(data.num_batches):
+            yield _tensors(_inputs(data[place]))
+    else:
+        for batch in data:
+            yield _tensors(_inputs(tuple(batch) if isinstance(batch, list) else batch))
+
+
+def _tensors(inputs):
+    """Tensors of the backend as they are, all else as NumPy arrays."""
+    return keras.tree.map_structure(lambda part: part if keras.ops.is_tensor(part) else np.asarray(part), inputs)
+
+
+def _inputs(batch):
+    """x of (x, y, sample_weight); a list of arrays is x of several inputs, as for Keras."""
+    return batch[0] if isinstance(batch, tuple) and batch else batch
+
+
+def _has_rows(data) -> bool:
+    """Whether it is arrays, or a structure of arrays."""
+    if not isinstance(data, (tuple, list, dict)) and not hasattr(data, "shape"):
+        return False
+    inputs = keras.tree.flatten(_inputs(data))
+    return bool(inputs) and all(len(getattr(part, "shape", ())) > 0 for part in inputs)

@@ -1,0 +1,483 @@
+"""Which weights the model has when, with Polyak averaging: in validation, in files, at the end, in the next `fit`."""
+
+import copy
+import pickle
+
+import keras
+import numpy as np
+import pytest
+
+import kopt
+from tests.conftest import BACKEND
+from tests.test_callback_base import assert_gone, multi
+from tests.training import AtEpoch, X, Y, equal, near, network, numpy
+
+Polyak = kopt.callbacks.PolyakAveraging
+RATE = 0.1
+
+
+def made(callback=None, **compiled):
+    keras.utils.set_random_seed(0)
+    return network(keras.optimizers.Adam(RATE), **compiled)
+
+
+def fit(model, *callbacks, epochs=3, **more):
+    arguments = {"batch_size": 8, "epochs": epochs, "shuffle": False, "verbose": 0, "validation_data": (X, Y)} | more
+    return model.fit(X, Y, callbacks=list(callbacks), **arguments).history
+
+
+class Watch(keras.callbacks.Callback):
+    """What weights the model has at each moment, seen without asking for them in a special way."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def note(self, moment):
+        self.seen.setdefault(moment, []).append(numpy(self.model.trainable_variables))
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.note("epoch begins")
+
+    def on_test_batch_begin(self, batch, logs=None):
+        if batch == 0:
+            self.note("test")
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.note("epoch ends")
+
+    def on_train_end(self, logs=None):
+        self.note("end")
+
+
+def raw_run(epochs=3, **more):
+    model, watch = made(), Watch()
+    history = fit(model, watch, epochs=epochs, **more)
+    return watch.seen["epoch ends"], history
+
+
+def averages(epochs=3):
+    """The average when each epoch ends, from fits of that length."""
+    found = []
+    for count in range(1, epochs + 1):
+        model, callback = made(), Polyak(momentum=0.8)
+        fit(model, callback, epochs=count)
+        found.append(numpy(model.trainable_variables))
+    return found
+
+
+def loss(weights):
+    model = made()
+    for variable, value in zip(model.trainable_variables, weights, strict=True):
+        variable.assign(value)
+    return model.evaluate(X, Y, verbose=0)
+
+
+def alike(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_training_goes_by_the_raw_weights_validation_by_the_averaged():
+    raw, mean = raw_run()[0], averages()
+    model, watch = made(), Watch()
+    history = fit(model, Polyak(momentum=0.8), watch)
+    for epoch in range(3):
+        assert alike(watch.seen["test"][epoch], mean[epoch])
+        assert alike(watch.seen["epoch ends"][epoch], raw[epoch])
+        np.testing.assert_allclose(history["val_loss"][epoch], loss(mean[epoch]), rtol=1e-5)
+    assert alike(watch.seen["end"][0], mean[2])
+    assert equal(model.trainable_variables, mean[2])
+
+
+@pytest.mark.parametrize("at_end", ["averaged", "raw"])
+def test_validate_raw(at_end):
+    raw, history = raw_run()
+    model, watch, callback = made(), Watch(), Polyak(momentum=0.8, validate="raw", on_train_end=at_end)
+    assert fit(model, callback, watch) == history
+    assert alike(watch.seen["test"][1], raw[1])
+    assert equal(model.trainable_variables, averages()[2] if at_end == "averaged" else raw[2])
+
+
+def test_validate_both():
+    history, mean = raw_run()[1], averages()
+    model, seen = made(metrics=["mae"]), []
+    stop = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(logs["val_averaged_loss"]))
+    callback = Polyak(momentum=0.8, validate="both", validation_data=(X, Y))
+    found = fit(model, callback, stop)
+    np.testing.assert_allclose(found["val_loss"], history["val_loss"], rtol=1e-6)
+    np.testing.assert_allclose(found["val_averaged_loss"], [loss(one) for one in mean], rtol=1e-5)
+    assert found["val_averaged_loss"] == seen
+    assert {"val_mae", "val_averaged_mae"} < found.keys()
+    alone = fit(made(), Polyak(momentum=0.8, validate="both", validation_data=[X, Y]), validation_data=None)
+    np.testing.assert_allclose(alone["val_averaged_loss"], found["val_averaged_loss"], rtol=1e-6)
+
+
+def test_before_it_begins_validation_is_of_the_raw_weights():
+    history = raw_run()[1]
+    found = fit(made(), Polyak(momentum=0.8, start_epoch=2))
+    np.testing.assert_allclose(found["val_loss"][:2], history["val_loss"][:2], rtol=1e-6)
+    assert found["val_loss"][2] != history["val_loss"][2]
+
+
+ODD = [np.nan, np.inf, -np.inf, 1e-38, 3e38, -0.0, 1e-45, 1.0]
+
+
+@pytest.mark.parametrize("which", ["averaged", "raw"])
+def test_a_swap_and_back_is_exact(which):
+    """Keras adds and subtracts: NaN is everywhere then, and next to a large number a small one is gone."""
+    model, callback = made(), Polyak(momentum=0.8)
+    fit(model, callback)
+    kernel = model.layers[0].kernel
+    odd = np.array(ODD + ODD[:4], "float32").reshape(kernel.shape)
+    kernel.assign(odd)
+    before = [value.tobytes() for value in numpy(model.variables)]
+    for _ in range(2):
+        with callback.applied(which):
+            assert np.isfinite(numpy([kernel])[0]).all()
+    assert [value.tobytes() for value in numpy(model.variables)] == before
+    with pytest.raises(KeyError), callback.applied(which):
+        raise KeyError
+    assert [value.tobytes() for value in numpy(model.variables)] == before
+
+
+def test_an_average_that_is_not_finite_is_shown_and_taken_back():
+    model, callback = made(), Polyak(momentum=0.8, on_train_end="raw")
+    spoil = AtEpoch(1, lambda model: model.layers[0].kernel.assign(model.layers[0].kernel * np.nan))
+    fit(model, callback, spoil, epochs=2)
+    before = [value.tobytes() for value in numpy(model.variables)]
+    with callback.applied():
+        assert np.isnan(numpy([model.layers[0].kernel])[0]).all()
+    assert [value.tobytes() for value in numpy(model.variables)] == before
+
+
+class Fails(keras.callbacks.Callback):
+    def __init__(self, hook):
+        super().__init__()
+        setattr(self, hook, self.fail)
+
+    def fail(self, *arguments, **more):
+        raise InterruptedError
+
+
+@pytest.mark.parametrize("hook", ["on_test_batch_end", "on_test_begin", "on_test_end"])
+def test_a_validation_that_raises_leaves_the_raw_weights(hook):
+    raw = raw_run(epochs=1)[0]
+    model, callback = made(), Polyak(momentum=0.8)
+    with pytest.raises(InterruptedError):
+        fit(model, callback, Fails(hook))
+    assert equal(model.trainable_variables, raw[0])
+    with callback.applied():
+        assert equal(model.trainable_variables, averages(1)[0])
+    fit(model, Polyak())
+    assert_gone(model)
+    assert "evaluate" not in vars(model)
+
+
+def test_evaluate_and_predict_show_it_and_take_it_back():
+    """Keras's callback leaves its average in the model after `predict`."""
+    model, callback = made(), Polyak(momentum=0.8, on_train_end="raw")
+    fit(model, callback)
+    raw, mean = numpy(model.trainable_variables), averages()[2]
+    shown = loss(mean)
+    assert model.evaluate(X, Y, verbose=0, callbacks=[callback]) == pytest.approx(shown, rel=1e-5)
+    assert equal(model.trainable_variables, raw)
+    found = model.predict(X, verbose=0, callbacks=[callback])
+    assert equal(model.trainable_variables, raw)
+    with callback.applied():
+        assert np.array_equal(found, model.predict(X, verbose=0))
+    with pytest.raises(InterruptedError):
+        model.predict(X, verbose=0, callbacks=[callback, Fails("on_predict_batch_end")])
+    with callback.applied("raw"):
+        assert equal(model.trainable_variables, raw)
+    assert equal(model.trainable_variables, raw)
+
+
+@pytest.mark.parametrize("at_end", ["averaged", "raw"])
+@pytest.mark.parametrize("make", [made, lambda: network(multi())], ids=["one optimizer", "several"])
+def test_fits_in_a_row_are_one(at_end, make):
+    """In Keras each `fit` begins where the average was."""
+    keras.utils.set_random_seed(0)
+    whole, one = make(), Polyak(momentum=0.8, on_train_end=at_end, segment_every_epochs=2)
+    fit(whole, one, epochs=4)
+    keras.utils.set_random_seed(0)
+    parts, other = make(), Polyak(momentum=0.8, on_train_end=at_end, segment_every_epochs=2)
+    for epoch in range(4):
+        fit(parts, other, initial_epoch=epoch, epochs=epoch + 1)
+        parts.evaluate(X, Y, verbose=0)
+    assert equal(parts.trainable_variables, whole.trainable_variables)
+    assert equal(parts.optimizer.variables, whole.optimizer.variables)
+    assert one.updates_ == other.updates_ == 12
+    assert [len(callback.segments_) for callback in (one, other)] == [2, 2]
+    assert equal(one.posthoc(tail=0.5).weights, other.posthoc(tail=0.5).weights)
+    for which in ("averaged", "raw"):
+        with one.applied(which), other.applied(which):
+            assert equal(parts.trainable_variables, whole.trainable_variables)
+
+
+@pytest.mark.parametrize("change", ["weights", "frozen", "another model", "another fit"])
+def test_it_begins_anew_where_something_was_changed(change):
+    model, callback = made(), Polyak(momentum=0.8)
+    fit(model, callback, epochs=1)
+    if change == "weights":
+        model.layers[0].bias.assign([1.0, 2.0, 3.0])
+    elif change == "frozen":
+        model.layers[0].trainable = False
+        model.compile(keras.optimizers.Adam(RATE), loss="mse")
+    elif change == "another model":
+        model = made()
+    else:
+        fit(model, epochs=1)
+    before = numpy(model.trainable_variables)
+    start = []
+    fit(model, callback, AtEpoch(0, lambda model: start.extend(numpy(model.trainable_variables))), epochs=1)
+    assert alike(before, start)
+    assert callback.updates_ == 3
+    assert len(callback._averaged()) == len(model.trainable_variables)
+
+
+def best(**more):
+    return keras.callbacks.EarlyStopping(**{"patience": 1, "restore_best_weights": True} | more)
+
+
+class Worse(keras.callbacks.Callback):
+    """Makes the second epoch the best one, by its word."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs["val_loss"] = logs["loss"] = abs(epoch - 1)
+        if "val_averaged_loss" in logs:
+            logs["val_averaged_loss"] = logs["loss"]
+
+
+@pytest.mark.parametrize("at_end", ["averaged", "raw"])
+@pytest.mark.parametrize("validate", ["averaged", "raw", "both"])
+def test_early_stopping_restores_what_the_end_promises(validate, at_end):
+    """With Keras's averages the model ends with the raw weights of the best epoch."""
+    more = {"validation_data": (X, Y)} if validate == "both" else {}
+    stop = best(monitor="val_averaged_loss" if validate == "both" else "val_loss")
+    model, callback = made(), Polyak(momentum=0.8, validate=validate, on_train_end=at_end, **more)
+    history = fit(model, callback, Worse(), stop, epochs=9)
+    assert len(history["loss"]) == 3
+    assert stop.best_epoch == 1
+    assert equal(model.trainable_variables, averages()[1] if at_end == "averaged" else raw_run()[0][1])
+    assert "on_epoch_end" not in vars(stop)
+
+
+def test_stopped_early_it_still_ends_with_the_average():
+    """Keras's callback finishes only in the last epoch that was asked for."""
+    model = made()
+    fit(model, Polyak(momentum=0.8), AtEpoch(1, lambda model: setattr(model, "stop_training", True)), epochs=9)
+    with_stop = made()
+    callback = Polyak(momentum=0.8, on_train_end="raw")
+    fit(with_stop, callback, AtEpoch(1, lambda model: setattr(model, "stop_training", True)), epochs=9)
+    with callback.applied():
+        assert equal(model.trainable_variables, with_stop.trainable_variables)
+
+
+@pytest.mark.parametrize("order", ["stop", "save", "plateau"])
+def test_a_wrong_order_is_refused(order):
+    before = {
+        "stop": best(),
+        "save": keras.callbacks.ModelCheckpoint("never.keras"),
+        "plateau": keras.callbacks.ReduceLROnPlateau("val_averaged_loss"),
+    }[order]
+    more = {"validate": "both", "validation_data": (X, Y)} if order == "plateau" else {}
+    model = made()
+    name = type(before).__name__
+    with pytest.raises(ValueError, match=rf"^`callbacks` must be a list with PolyakAveraging before .*\({name}\)"):
+        fit(model, before, Polyak(**more))
+    assert_gone(model)
+    assert not model.optimizer.built or model.optimizer.iterations == 0
+    fit(model, keras.callbacks.ReduceLROnPlateau("loss"), best(restore_best_weights=False), Polyak(), epochs=1)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
+def test_checkpoints_hold_the_weights_that_were_judged(suffix, tmp_path):
+    save = lambda name, **more: keras.callbacks.ModelCheckpoint(  # noqa: E731
+        tmp_path / f"{name}_{{epoch}}{suffix}", save_weights_only="weights" in suffix, **more
+    )
+    model = made()
+    fit(model, Polyak(momentum=0.8), save("val"), save("loss", monitor="loss"), save("batch", save_freq=3))
+    raw, mean = raw_run()[0], averages()
+    for epoch in range(3):
+        for name, expected in (("val", mean), ("loss", raw), ("batch", mean)):
+            loaded = made()
+            path = tmp_path / f"{name}_{epoch + 1}{suffix}"
+            if suffix == ".keras":
+                loaded = keras.models.load_model(path)
+                assert loaded.optimizer.iterations == 3 * (epoch + 1)
+            else:
+                loaded.optimizer.build(loaded.trainable_variables)
+                loaded.load_weights(path)
+            assert equal(loaded.trainable_variables, expected[epoch]), (name, epoch)
+
+
+def test_a_callback_of_ones_own_sees_the_raw_weights_unless_it_asks():
+    raw, mean, seen = raw_run()[0], averages(), []
+    model, callback = made(), Polyak(momentum=0.8)
+
+    def look(epoch, logs):
+        seen.append(numpy(model.trainable_variables))
+        with callback.applied():
+            seen.append(numpy(model.trainable_variables))
+            twin = callback.averaged_model()
+        seen.append(numpy(twin.trainable_variables))
+        seen.append(model.evaluate(X, Y, verbose=0))
+
+    fit(model, callback, keras.callbacks.LambdaCallback(on_epoch_end=look), epochs=2)
+    assert alike(seen[4], raw[1])
+    assert alike(seen[5], mean[1])
+    assert alike(seen[6], mean[1])
+    np.testing.assert_allclose(seen[7], loss(raw[1]), rtol=1e-5)
+    assert equal(model.trainable_variables, mean[1])
+
+
+def test_after_an_interrupt_the_average_is_there():
+    model, callback = made(), Polyak(momentum=0.8)
+
+    def interrupt(epoch, logs):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, callback, keras.callbacks.LambdaCallback(on_epoch_end=interrupt))
+    assert equal(model.trainable_variables, raw_run(epochs=2)[0][1])
+    with callback.applied():
+        assert equal(model.trainable_variables, averages(2)[1])
+    assert equal(callback.averaged_model().trainable_variables, averages(2)[1])
+    model.evaluate(X, Y, verbose=0)
+    assert equal(model.trainable_variables, raw_run(epochs=2)[0][1])
+
+
+def test_what_has_averaged_nothing_says_so():
+    model, callback = made(), Polyak(start_epoch=2)
+    with pytest.raises(RuntimeError, match="has averaged nothing yet; it begins at epoch 2"), callback.applied():
+        pass
+    with pytest.raises(RuntimeError, match="has averaged the weights of another model, or of none"):
+        model.predict(X, verbose=0, callbacks=[callback])
+    with pytest.warns(UserWarning, match="has averaged nothing: `start_epoch` is 2. The model has its own weights"):
+        fit(model, callback, epochs=1)
+    assert equal(model.trainable_variables, raw_run(epochs=1)[0][0])
+    with pytest.raises(RuntimeError, match="has averaged nothing yet"):
+        callback.averaged_model()
+    with pytest.raises(ValueError, match="^`which` must be"):
+        callback.applied("best")
+
+
+def test_a_fit_while_it_is_shown_is_refused():
+    model, callback = made(), Polyak(momentum=0.8)
+    fit(model, callback, epochs=1)
+    with pytest.raises(RuntimeError, match="`fit` cannot run while"), callback.applied():
+        fit(model, callback)
+
+
+def test_the_copy_is_a_plain_model(tmp_path):
+    model, callback = made(metrics=["mae"]), Polyak(momentum=0.8, on_train_end="raw")
+    fit(model, callback)
+    twin = callback.averaged_model()
+    assert type(twin) is type(model)
+    assert equal(twin.trainable_variables, averages()[2])
+    with callback.applied():
+        assert twin.evaluate(X, Y, verbose=0) == model.evaluate(X, Y, verbose=0)
+    twin.save(tmp_path / "averaged.keras")
+    loaded = keras.models.load_model(tmp_path / "averaged.keras")
+    assert np.array_equal(loaded.predict(X, verbose=0), twin.predict(X, verbose=0))
+    kept = numpy(model.trainable_variables)
+    fit(twin)
+    assert equal(model.trainable_variables, kept)
+
+
+class Own(keras.Model):
+    """A model of one's own, with a layer of one's own and a loss that no config can name."""
+
+    def __init__(self, units=3, **arguments):
+        super().__init__(**arguments)
+        self.units = units
+        self.body = keras.layers.Dense(units, name="body")
+        self.head = keras.layers.Dense(2, name="head")
+
+    def call(self, x):
+        return self.head(self.body(x))
+
+    def get_config(self):
+        return super().get_config() | {"units": self.units}
+
+
+class Nameless(Own):
+    def __init__(self, function, **arguments):
+        super().__init__(**arguments)
+        self.function = function
+
+    get_config = keras.Model.get_config
+
+
+def test_copies_of_models_of_ones_own():
+    for make, error in ((lambda: Own(4), None), (lambda: Nameless(len), "cannot be made from its config")):
+        model, callback = make(), Polyak(momentum=0.8)
+        model.compile("adam", loss=lambda y, found: keras.ops.mean(keras.ops.square(y - found), axis=-1))
+        fit(model, callback, epochs=1)
+        if error:
+            with pytest.raises(ValueError, match=error):
+                callback.averaged_model()
+        else:
+            twin = callback.averaged_model()
+            assert equal(twin.weights, model.weights)
+            assert twin.evaluate(X, Y, verbose=0) == model.evaluate(X, Y, verbose=0)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
+def test_copies_begin_anew_and_share_the_data(clone):
+    callback = Polyak(momentum=0.8, validate="both", validation_data=(X, Y), update_bn=X)
+    model = made()
+    fit(model, callback, AtEpoch(1, lambda _: clone(callback)))
+    twin = clone(callback)
+    assert twin.updates_ == 0
+    assert (twin.update_bn is X) == (clone is copy.deepcopy)
+    assert fit(made(), twin) == fit(made(), Polyak(momentum=0.8, validate="both", validation_data=(X, Y)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"momentum": 1.0}, "`momentum` must be a number in"),
+        ({"kind": "uniform", "momentum": 0.9}, "`momentum` must be 0.995 with `kind='uniform'`"),
+        ({"kind": "uniform", "window_steps": 9}, "`window_steps` must be None with `kind='uniform'`"),
+        ({"momentum": 0.9, "window_epochs": 2}, "`window_epochs` must be None beside `momentum`"),
+        ({"window_steps": 5, "window_epochs": 2}, "`window_epochs` must be None beside `window_steps`"),
+        ({"warmup_steps": 5, "bias_correction": False}, "`bias_correction` must be True beside `warmup_steps`"),
+        ({"validate": "both"}, "`validation_data` must be what the average is validated on"),
+        ({"validation_data": (X, Y)}, "`validation_data` must be what the average is validated on"),
+        ({"update_bn": (row for row in X)}, "`update_bn` must be arrays"),
+        ({"update_bn": [X, X[:3]]}, "`update_bn` must be arrays"),
+    ],
+)
+def test_refusals(wrong, message):
+    with pytest.raises(ValueError, match=f"^{message}.*Received: "):
+        Polyak(**wrong)
+
+
+def test_a_window_in_epochs_wants_to_know_how_long_they_are():
+    class Unknown(keras.utils.PyDataset):
+        @property
+        def num_batches(self):
+            return None
+
+        def __getitem__(self, index):
+            return X, Y
+
+    with pytest.raises(ValueError, match="^`window_epochs` must be None where the data do not say"):
+        made().fit(Unknown(), verbose=0, shuffle=False, callbacks=[Polyak(window_epochs=2)])
+    made().fit(Unknown(), verbose=0, shuffle=False, steps_per_epoch=2, callbacks=[Polyak(window_epochs=2)])
+
+
+def test_no_hook_of_a_batch_is_overridden():
+    """Any would make Keras wait for each batch on JAX."""
+    for hook in ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end"):
+        assert getattr(Polyak, hook) is getattr(keras.callbacks.Callback, hook)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has one step an execution there")
+def test_several_steps_in_one_execution_change_nothing():
+    one, several = made(run_eagerly=False), made(steps_per_execution=2)
+    for model in (one, several):
+        fit(model, Polyak(momentum=0.8))
+    near(several.trainable_variables, numpy(one.trainable_variables), 1e-6)
