@@ -9,7 +9,7 @@ OUT ?= out/quickstart
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: help demo test test-all test-tensorflow test-jax test-torch test-slow soak compare-resume lint format bench
-.PHONY: bench-conditions bench-backup bench-schedules clean
+.PHONY: averages bench-conditions bench-backup bench-schedules bench-averages clean
 .DEFAULT_GOAL := help
 
 help:  ## List what make can do
@@ -52,6 +52,9 @@ format: $(VENV)/.dev  ## Mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+averages: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Average one training in many ways; 8 seeds, a picture, in out/polyak
+	$(BIN)/python recipes/polyak.py --check --out out/polyak
+
 bench: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time an optimizer's step beside Keras's; SMOKE=1 for a quick look
 	$(BIN)/python tests/bench/step.py --out out/bench-$(or $(KERAS_BACKEND),tensorflow).json $(if $(SMOKE),--smoke)
 
@@ -63,6 +66,9 @@ bench-backup: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time a
 
 bench-schedules: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time a training step with and without a schedule in it
 	$(BIN)/python tests/bench/schedules.py $(if $(SMOKE),--smoke)
+
+bench-averages: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time a training step with Keras's average of the weights and with kopt's
+	$(BIN)/python tests/bench/averaging.py $(if $(SMOKE),--smoke)
 
 clean:  ## Remove what make has made
 	rm -rf .venv .venv-lowest out build dist .pytest_cache .ruff_cache .hypothesis

@@ -246,12 +246,16 @@ def subtract(variable, step) -> None:
         variable.assign(read(variable, step.dtype) - step)
 
 
-def lerp_in_place(slots, variables, weight) -> None:
-    """Move torch's slots so far towards the variables, all in one operation."""
-    ends = [variable.value for variable in variables]
-    starts = [slot.value for slot in slots]
+def cast_all(tensors, dtypes) -> list:
+    """torch's tensors in these dtypes."""
+    wanted = [getattr(torch, dtype) for dtype in dtypes]
+    return [one if one.dtype is dtype else one.to(dtype) for one, dtype in zip(tensors, wanted, strict=True)]
+
+
+def lerp_in_place(starts, ends, weight) -> None:
+    """Move torch's tensors so far towards others of the same dtypes, all in one operation."""
     with torch.no_grad():
-        torch._foreach_lerp_(starts, [end.to(start.dtype) for start, end in zip(starts, ends, strict=True)], weight)
+        torch._foreach_lerp_(list(starts), ends, weight)
 
 
 def spread(x, like):

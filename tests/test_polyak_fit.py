@@ -214,6 +214,33 @@ def test_fits_in_a_row_are_one(at_end, make):
             assert equal(parts.trainable_variables, whole.trainable_variables)
 
 
+def test_two_averages_of_one_training():
+    """The one that is left in the model does not come into the other's raw weights, nor into the next `fit`."""
+    for order in (1, -1):
+        whole, parts = made(), made()
+        for model, fits in ((whole, [(0, 4)]), (parts, [(0, 1), (1, 4)])):
+            one = Polyak(momentum=0.8, validate="raw")
+            other = Polyak(kind="uniform", on_train_end="raw", name="uniform")
+            for first, last in fits:
+                fit(model, *[one, other][::order], initial_epoch=first, epochs=last)
+            assert one.updates_ == other.updates_ == 12
+        assert equal(whole.trainable_variables, parts.trainable_variables)
+        with one.applied("raw"):
+            raw = numpy(parts.trainable_variables)
+        with other.applied("raw"):
+            assert equal(parts.trainable_variables, raw)
+        assert equal(raw_run(epochs=4)[0][-1], raw)
+
+
+@pytest.mark.parametrize("name", ["validate", "on_train_end"])
+def test_only_one_can_be_what_the_model_shows(name):
+    one, other = Polyak(validate="raw", on_train_end="raw"), Polyak(validate="raw", on_train_end="raw")
+    for callback in (one, other):
+        setattr(callback, {"on_train_end": "at_end"}.get(name, name), "averaged")
+    with pytest.raises(ValueError, match=f"^`{name}` must be 'averaged' in one of several PolyakAveraging at most"):
+        fit(made(), one, other)
+
+
 @pytest.mark.parametrize("change", ["weights", "frozen", "another model", "another fit"])
 def test_it_begins_anew_where_something_was_changed(change):
     model, callback = made(), Polyak(momentum=0.8)

@@ -54,6 +54,27 @@ def test_quickstart_claim():
         main(["--seeds", "1", "--steps", "5", "--quiet", "--check", "--rules", "SGD", "Adam"])
 
 
+def test_polyak(tmp_path, capsys):
+    result = recipe("polyak").main(["--smoke", "--out", str(tmp_path)])
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["polyak.png", "result.json"]
+    assert json.loads((tmp_path / "result.json").read_text())["rows"] == result["rows"]
+    assert [row["arm"] for row in result["rows"]][-1] == "post hoc, chosen"
+    assert "The last training, averaged afterwards" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_polyak_claim():
+    """Eight fresh seeds: better than the raw weights and than Keras's average, each with p < 0.05."""
+    recipe("polyak").main(["--check"])
+
+
+@pytest.mark.parametrize("wrong", [["--seeds", "0"], ["--epochs", "1"], ["--check", "--seeds", "5"]])
+def test_polyak_refuses_before_it_trains(wrong, capsys):
+    with pytest.raises(SystemExit):
+        recipe("polyak").main(wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
 FENCES = re.compile(r"```python\n(.+?)```", re.DOTALL)
 
 

@@ -59,17 +59,24 @@ class Average:
         ]
         self.count = part.add_variable(optimizer, dtype="int32", name=f"{name}_count")
 
-    def take_in(self) -> None:
-        """Take in the weights as they are now: tensor code."""
+    def weights(self) -> list:
+        """The weights as they are now, as tensors of the dtypes of the slots."""
+        if _in_place():
+            return backends.cast_all(map(_keras.memory, self.variables), self.dtypes)
+        firsts = map(backends.first_copy, self.variables)
+        return [backends.read(one, dtype) for one, dtype in zip(firsts, self.dtypes, strict=True)]
+
+    def take_in(self, now) -> None:
+        """Take in these weights: tensor code."""
         backends.count_up(self.count)
         number = backends.number(self.count, checks.held_dtype())
         share = self.share(number)
-        if backends.BACKEND == "torch" and not _keras.is_stateless():
-            backends.lerp_in_place(self.slots, self.variables, float(share))
+        if _in_place():
+            backends.lerp_in_place(map(_keras.memory, self.slots), now, float(share))
             return
-        for slot, variable, dtype in zip(self.slots, self.variables, self.dtypes, strict=True):
-            weight = backends.read(backends.first_copy(variable), dtype)
-            slot.assign(lerp(backends.read(backends.first_copy(slot), dtype), weight, ops.cast(share, dtype)))
+        for slot, weight, dtype in zip(self.slots, now, self.dtypes, strict=True):
+            before = backends.read(backends.first_copy(slot), dtype)
+            slot.assign(lerp(before, weight, ops.cast(share, dtype)))
 
     def written(self) -> list:
         return [self.count, *self.slots]
@@ -90,3 +97,8 @@ class Average:
 def is_averaged(variable) -> bool:
     """Whether it is a weight that a mean can be made of: not an integer, nor what is overwritten with its gradient."""
     return "float" in _keras.dtype_of(variable) and not getattr(variable, "overwrite_with_gradient", False)
+
+
+def _in_place() -> bool:
+    """Whether torch's tensors may be changed in place, all in one operation."""
+    return backends.BACKEND == "torch" and not _keras.is_stateless()

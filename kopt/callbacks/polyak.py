@@ -131,7 +131,8 @@ class PolyakAveraging(InStep):
 
     left_behind = (
         *InStep.left_behind,
-        *("_kept", "_ended", "_trained", "_bn", "_moments", "_epoch", "_readers", "_undo", "_shown", "_is_held"),
+        *("_kept", "_ended", "_trained", "_bn", "_moments", "_epoch", "_raw", "_siblings", "_readers", "_undo"),
+        *("_shown", "_is_held"),
     )
     shared = ("update_bn", "validation_data")
     _kept = None  # id of an optimizer -> its `Kept`
@@ -139,6 +140,8 @@ class PolyakAveraging(InStep):
     _trained = None  # the model
     _bn = _moments = None  # its `Statistics`; the counts of the averages they were estimated for, and what they were
     _epoch = None
+    _raw = None  # the weights without any average, when training has ended
+    _siblings = ()  # those of this class in the same `fit`
     _readers = ()  # the callbacks that go by the metrics of the average
     _undo = None  # what takes back what was put into the model and into other callbacks
     _shown = None  # what a hook of `evaluate` or `predict` has put into the model
@@ -200,22 +203,23 @@ class PolyakAveraging(InStep):
         self._hide()
         if self._is_held:
             raise RuntimeError(f"`fit` cannot run while {self.name} has other weights in the model")
-        self._kept, self._moments, self._epoch = {}, None, None
-        if not self._goes_on(model):
+        for part in self._training.parts:  # the average that another has left in the model goes, too
+            if isinstance(part, PolyakAveraging) and part._has_left(model, "left"):
+                weights.assign(part._changed(), part._ended.raw)
+        goes_on = self._has_left(model, "raw")
+        self._kept, self._moments, self._epoch, self._raw = {}, None, None, None
+        if not goes_on:
             self._trained, self._ended, self._bn, self.segments_ = model, None, None, []
 
-    def _goes_on(self, model) -> bool:
-        """Whether the model is as the last `fit` has left it; then it has its raw weights again."""
+    def _has_left(self, model, which) -> bool:
+        """Whether a `fit` with this callback ended on the model, and its weights are those it left, or the raw ones."""
         if self._ended is None or model is not self._trained:
             return False
         averaged = {id(variable) for variable in self._averaged()}
         if averaged != {id(one) for one in model.trainable_variables if is_averaged(one)}:
             return False
-        now = weights.arrays(self._changed())
-        if any(one.tobytes() != other.tobytes() for one, other in zip(now, self._ended.left, strict=True)):
-            return False
-        weights.assign(self._changed(), self._ended.raw)
-        return True
+        now, then = weights.arrays(self._changed()), getattr(self._ended, which)
+        return all(one.tobytes() == other.tobytes() for one, other in zip(now, then, strict=True))
 
     def install(self, optimizer):
         span = Span(self.params, optimizer.gradient_accumulation_steps or 1)
@@ -253,14 +257,19 @@ class PolyakAveraging(InStep):
             backends.when(due, lambda: backends.count_up(kept.seen), [kept.seen])
             due = backends.both(due, backends.number(kept.seen, "int32") % self.update_every_steps == 0)
         means = [mean for mean in (kept.average, kept.segment) if mean]
-        written = [variable for mean in means for variable in mean.written()]
-        backends.when(due, lambda: [mean.take_in() for mean in means], [*written, *kept.variables])
+        now, written = kept.average.weights(), [variable for mean in means for variable in mean.written()]
+        backends.when(due, lambda: [mean.take_in(now) for mean in means], written)
 
     # In a fit
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
         model, listed = self.model, running.Fit(self).callbacks
+        self._siblings = [one for one in listed if isinstance(one, PolyakAveraging)] or [self]
+        for name, attribute in (("validate", "validate"), ("on_train_end", "at_end")):
+            if [getattr(one, attribute) for one in self._siblings].count("averaged") > 1:
+                self._training.clear()
+                checks.refuse(name, "'averaged' in one of several PolyakAveraging at most", "averaged")
         before = listed[: listed.index(self)] if self in listed else []
         if late := [type(one).__name__ for one in before if self._keeps_average(one) or self._reads_average(one)]:
             self._training.clear()
@@ -362,16 +371,23 @@ class PolyakAveraging(InStep):
     def on_train_end(self, logs=None):
         if self._kept and self._begun:
             _keras.fetch_state(self._trained)
+            for one in self._siblings:
+                one._note_raw()
             variables = [kept.variables for kept in self._kept.values()]
-            self._ended = Ended(variables, self._states(), weights.arrays(self._changed()), [])
+            self._ended = Ended(variables, self._states(), self._raw, [])
             with self._average_if_any() if self.at_end == "averaged" else contextlib.nullcontext():
                 self._ended.left = weights.arrays(self._changed())
             weights.assign(self._changed(), self._ended.left)
             if not self.updates_:
                 why = f"`start_epoch` is {self.start_epoch}" if self.start_epoch else "no update was applied"
                 warnings.warn(f"{self.name} has averaged nothing: {why}. The model has its own weights.", stacklevel=2)
-            self._kept = None
+            self._kept = self._raw = None
         super().on_train_end(logs)
+
+    def _note_raw(self) -> None:
+        """Keep the raw weights, before any average is put into the model for good."""
+        if self._kept and self._raw is None:
+            self._raw = weights.arrays(self._changed())
 
     # Showing it
 
