@@ -102,7 +102,12 @@ def test_every_optimizer_in_every_way(make, way):
 
 
 @TENSORFLOW
-@pytest.mark.parametrize("make", [OPTIMIZERS[name] for name in ("stock", "kopt accumulates", "scaled multi", "multi")])
+@pytest.mark.parametrize("make", [
+    OPTIMIZERS["stock"],
+    OPTIMIZERS["scaled multi"],
+    pytest.param(OPTIMIZERS["kopt accumulates"], marks=pytest.mark.slow),
+    pytest.param(multi, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_under_a_strategy(make):
     arguments = {"momentum": 0.8, "update_every_steps": 2}
     expected = true_average(dense(make()), momentum=0.8, every=2)

@@ -1,6 +1,7 @@
 """Which weights the model has when, with Polyak averaging: in validation, in files, at the end, in the next `fit`."""
 
 import copy
+import functools
 import pickle
 
 import keras
@@ -50,12 +51,15 @@ class Watch(keras.callbacks.Callback):
         self.note("end")
 
 
-def raw_run(epochs=3, **more):
+@functools.cache
+def raw_run(epochs=3):
+    """The raw weights when each epoch ends, and the history."""
     model, watch = made(), Watch()
-    history = fit(model, watch, epochs=epochs, **more)
+    history = fit(model, watch, epochs=epochs)
     return watch.seen["epoch ends"], history
 
 
+@functools.cache
 def averages(epochs=3):
     """The average when each epoch ends, from fits of that length."""
     found = []
