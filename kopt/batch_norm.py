@@ -16,10 +16,15 @@ def update_bn(model, data, batch_size: int = 32) -> None:
     Nothing else changes: no weight, no random state, no metric. Layers that are frozen, or have `momentum=1`, are left
     alone. Dropout is active, as when the statistics of training are made. Some 50 batches say enough.
 
+    Each batch weighs by its rows, so it is not exact for layers behind a mask, or where sequences differ in length from
+    batch to batch, nor for a layer that is called several times; and a layer behind another one sees that with the
+    statistics of the batch, as in training, so that the size of a batch matters.
+
     Args:
         model: A model with its weights.
         data: What the model was trained on: arrays `x` or `(x, y)`, a `tf.data.Dataset`, a `PyDataset`, a `DataLoader`;
-            with several inputs, as for `fit`. What stands for `y` is not used.
+            with several inputs, as for `fit`. What stands for `y` is not used. A dataset that shuffles by itself is
+            another order on from then on, also for who trains with it.
         batch_size: How arrays are split.
 
     Example:
@@ -56,30 +61,39 @@ class Statistics:
         self.run = self._run if getattr(model, "run_eagerly", False) else backends.compiled(self._run)
 
     def _run(self, trainable, others, x):
-        """What the moving statistics become in one step of training."""
+        """What the variables that are not trained become in one step of training."""
         _, others = self.model.stateless_call(trainable, others, x, training=True)
-        return [others[place] for place in self.places]
+        return others
 
-    def _values(self, trainable, others, x) -> list[np.ndarray]:
+    def _after(self, trainable, others, x):
+        """The statistics after that step, and all these variables, with the random state for the next."""
         with backends.unrecorded():
-            return [keras.ops.convert_to_numpy(value).astype("float64") for value in self.run(trainable, others, x)]
+            others = self.run(trainable, others, x)
+        return [keras.ops.convert_to_numpy(others[place]).astype("float64") for place in self.places], others
 
     def estimate(self, data, batch_size=32) -> list[np.ndarray]:
         """The statistics over the data; those of layers that take no part stay."""
         kept = weights.arrays(self.variables)
         if not self.layers:
             return kept
+        random_state = backends.random_state()
+        try:
+            return self._estimate(data, batch_size, kept)
+        finally:
+            backends.set_random_state(random_state)  # torch's Dropout draws from it
+
+    def _estimate(self, data, batch_size, kept):
         _keras.fetch_state(self.model)
         trainable, others = (
             [backends.read(variable, variable.dtype) for variable in variables]
             for variables in (self.model.trainable_variables, self.model.non_trainable_variables)
         )
-        zeros, shares, pooled = self._set(others, keras.ops.zeros_like), None, Pooled()
+        shares, pooled = None, Pooled()
         for x in batches(data, batch_size):
-            found = self._values(trainable, zeros, x)
+            before = others
+            found, others = self._after(trainable, self._set(before, keras.ops.zeros_like), x)
             if shares is None:
-                ones = self._set(others, keras.ops.ones_like)
-                shares = self._shares(found, self._values(trainable, ones, x))
+                shares = self._shares(found, self._after(trainable, self._set(before, keras.ops.ones_like), x)[0])
             found = [value / (share or 1) for value, share in zip(found, shares, strict=True)]
             pooled.add(keras.tree.flatten(x)[0].shape[0], found[::2], found[1::2])
         if shares is None:
@@ -124,11 +138,17 @@ class Pooled:
             self.variances[i] += share * (variance - self.variances[i] + (1 - share) * off**2)
 
 
-def check_batches(name, data):
-    """Refuse what `batches` cannot go through again and again; the data, if it can."""
-    allowed = "arrays, (arrays, targets), or batches that can be read again: a Dataset, a PyDataset, a DataLoader"
-    if _has_rows(data):
-        counts = {part.shape[0] for part in keras.tree.flatten(_inputs(data))}
+def check_batches(name, data, with_targets=False):
+    """Refuse what cannot be read again and again, or has no targets if these are wanted; the data, if it is fit."""
+    allowed = "(x, y)" if with_targets else "arrays, (x, y)"
+    allowed += ", or batches that can be read again: a Dataset, a PyDataset, a DataLoader"
+    if with_targets and isinstance(data, list):
+        data = tuple(data)  # as for `fit`
+    if _has_rows(data) and with_targets and not (isinstance(data, tuple) and len(data) in (2, 3)):
+        is_fit = False
+    elif _has_rows(data):
+        counted = data if with_targets else _inputs(data)
+        counts = {part.shape[0] for part in keras.tree.flatten(counted) if part is not None}
         allowed += ", with as many rows of each array, and at least one"
         is_fit = len(counts) == 1 and counts != {0}
     elif isinstance(data, keras.utils.PyDataset):
@@ -149,7 +169,7 @@ def batches(data, batch_size):
         count = keras.tree.flatten(inputs)[0].shape[0]
         for start in range(0, count, batch_size):
             rows = slice(start, start + batch_size)
-            yield keras.tree.map_structure(lambda part, rows=rows: part[rows], inputs)
+            yield _tensors(keras.tree.map_structure(lambda part, rows=rows: part[rows], inputs))
     elif isinstance(data, keras.utils.PyDataset):
         for place in range(data.num_batches):
             yield _tensors(_inputs(data[place]))

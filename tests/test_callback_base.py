@@ -95,7 +95,7 @@ def observed(model, x=X, epochs=2, callback=None):
 
 
 def assert_gone(model):
-    assert "make_train_function" not in vars(model)
+    assert not {"make_train_function", "evaluate", "fit"} & vars(model).keys()
     optimizers = [model.optimizer, *getattr(model.optimizer, "optimizers", [])]
     for optimizer in [*optimizers, getattr(model.optimizer, "inner_optimizer", model.optimizer)]:
         assert not vars(optimizer).keys() & {"apply", "save_own_variables", "load_own_variables"}

@@ -298,8 +298,9 @@ def test_validation_within_fit_is_a_call_of_evaluate_with_the_list_of_callbacks(
 
 def test_a_model_is_compiled_like_another():
     loss = lambda y, found: ops.mean(ops.square(y - found), axis=-1)  # noqa: E731
-    model = network(keras.optimizers.Adam(0.25), metrics=["mae", keras.metrics.MeanSquaredError(name="own")])
-    model.compile(model.optimizer, loss=loss, metrics=["mae", keras.metrics.MeanSquaredError(name="own")])
+    model = network(keras.optimizers.Adam(0.25))
+    own = keras.metrics.MeanMetricWrapper(lambda y, found: ops.square(y - found), name="own")
+    model.compile(model.optimizer, loss=loss, metrics=["mae", own, keras.metrics.MeanSquaredError(name="theirs")])
     twin = _keras.made_from_config(model)
     assert not twin.compiled
     _keras.compile_like(twin, model)

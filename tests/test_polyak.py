@@ -163,7 +163,8 @@ def test_sixteen_bits_do_not_stand_still():
     model.fit(np.ones((300, 2)), np.ones(300), batch_size=1, epochs=2, verbose=0, callbacks=[callback, change])
     weights = 0.999 ** np.arange(600)[::-1]
     expected = np.sum(weights * np.repeat([1, 2], 300)) / weights.sum()
-    found = callback._ended.states[0]["average"]["means"][0]
+    (averaged,) = callback._of.values()
+    (found,) = averaged.means()
     assert found.dtype == "float32"
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     with callback.applied():

@@ -1,5 +1,6 @@
 """Which weights the model has when, with Polyak averaging: in validation, in files, at the end, in the next `fit`."""
 
+import contextlib
 import copy
 import functools
 import pickle
@@ -10,14 +11,14 @@ import pytest
 
 import kopt
 from tests.conftest import BACKEND
-from tests.test_callback_base import assert_gone, multi
+from tests.test_callback_base import Map, Multi, assert_gone, multi
 from tests.training import AtEpoch, X, Y, equal, near, network, numpy
 
 Polyak = kopt.callbacks.PolyakAveraging
 RATE = 0.1
 
 
-def made(callback=None, **compiled):
+def made(**compiled):
     keras.utils.set_random_seed(0)
     return network(keras.optimizers.Adam(RATE), **compiled)
 
@@ -189,11 +190,16 @@ def test_evaluate_and_predict_show_it_and_take_it_back():
     assert equal(model.trainable_variables, raw)
     with callback.applied():
         assert np.array_equal(found, model.predict(X, verbose=0))
+    assert not {"evaluate", "fit"} & vars(model).keys()
     with pytest.raises(InterruptedError):
         model.predict(X, verbose=0, callbacks=[callback, Fails("on_predict_batch_end")])
-    with callback.applied("raw"):
-        assert equal(model.trainable_variables, raw)
-    assert equal(model.trainable_variables, raw)
+    start = []
+    fit(model, AtEpoch(0, lambda model: start.extend(numpy(model.trainable_variables))))
+    assert alike(start, raw)
+    now = numpy(model.trainable_variables)
+    with callback.applied():
+        assert equal(model.trainable_variables, mean)
+    assert equal(model.trainable_variables, now)
 
 
 @pytest.mark.parametrize("at_end", ["averaged", "raw"])
@@ -234,10 +240,15 @@ def test_two_averages_of_one_training():
         with other.applied("raw"):
             assert equal(parts.trainable_variables, raw)
         assert equal(raw_run(epochs=4)[0][-1], raw)
+        assert_gone(parts)
+        assert not [v.path for v in parts.optimizer.variables if v.path.endswith(("average", "segment", "seen"))]
 
 
 @pytest.mark.parametrize("name", ["validate", "on_train_end"])
 def test_only_one_can_be_what_the_model_shows(name):
+    both = {"validate": "both", "validation_data": (X, Y), "on_train_end": "raw"}
+    with pytest.raises(ValueError, match="^`validate` must be 'both' in one of several PolyakAveraging at most"):
+        fit(made(), Polyak(**both), Polyak(**both))
     one, other = Polyak(validate="raw", on_train_end="raw"), Polyak(validate="raw", on_train_end="raw")
     for callback in (one, other):
         setattr(callback, {"on_train_end": "at_end"}.get(name, name), "averaged")
@@ -260,7 +271,12 @@ def test_it_begins_anew_where_something_was_changed(change):
         fit(model, epochs=1)
     before = numpy(model.trainable_variables)
     start = []
-    fit(model, callback, AtEpoch(0, lambda model: start.extend(numpy(model.trainable_variables))), epochs=1)
+    look = AtEpoch(0, lambda model: start.extend(numpy(model.trainable_variables)))
+    said = contextlib.nullcontext()
+    if change != "another model":
+        said = pytest.warns(UserWarning, match="averages anew, not on from the last `fit`: its weights were changed")
+    with said:
+        fit(model, callback, look, epochs=1)
     assert alike(before, start)
     assert callback.updates_ == 3
     assert len(callback._averaged()) == len(model.trainable_variables)
@@ -296,12 +312,9 @@ def test_early_stopping_restores_what_the_end_promises(validate, at_end):
 def test_stopped_early_it_still_ends_with_the_average():
     """Keras's callback finishes only in the last epoch that was asked for."""
     model = made()
-    fit(model, Polyak(momentum=0.8), AtEpoch(1, lambda model: setattr(model, "stop_training", True)), epochs=9)
-    with_stop = made()
-    callback = Polyak(momentum=0.8, on_train_end="raw")
-    fit(with_stop, callback, AtEpoch(1, lambda model: setattr(model, "stop_training", True)), epochs=9)
-    with callback.applied():
-        assert equal(model.trainable_variables, with_stop.trainable_variables)
+    stop = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", epoch == 1))
+    fit(model, Polyak(momentum=0.8), stop, epochs=9)
+    assert equal(model.trainable_variables, averages()[1])
 
 
 @pytest.mark.parametrize("order", ["stop", "save", "plateau"])
@@ -397,8 +410,67 @@ def test_what_has_averaged_nothing_says_so():
 def test_a_fit_while_it_is_shown_is_refused():
     model, callback = made(), Polyak(momentum=0.8)
     fit(model, callback, epochs=1)
-    with pytest.raises(RuntimeError, match="`fit` cannot run while"), callback.applied():
-        fit(model, callback)
+    for which in ("averaged", "raw"):
+        for again in ([callback], [Polyak()], []):
+            with pytest.raises(RuntimeError, match="`fit` cannot run while"), callback.applied(which):
+                fit(model, *again)
+    assert "fit" not in vars(model)
+
+
+class InValidation(keras.callbacks.Callback):
+    """Asks for the average, and for the raw weights, in the middle of a validation."""
+
+    def __init__(self, average):
+        super().__init__()
+        self.average, self.seen = average, []
+
+    def on_test_batch_begin(self, batch, logs=None):
+        with self.average.applied("raw"):
+            self.seen.append(numpy(self.model.trainable_variables))
+            with self.average.applied():
+                self.seen.append(numpy(self.model.trainable_variables))
+
+
+def test_asking_for_it_in_the_middle_of_a_validation_changes_nothing():
+    callback, model = Polyak(momentum=0.8), made()
+    look = InValidation(callback)
+    history = fit(model, callback, look, epochs=1)
+    assert history["val_loss"] == fit(made(), Polyak(momentum=0.8), epochs=1)["val_loss"]
+    assert len(look.seen) == 6
+    for raw, mean in zip(look.seen[::2], look.seen[1::2], strict=True):
+        assert alike(raw, raw_run(1)[0][0])
+        assert alike(mean, averages(1)[0])
+
+
+def test_of_an_optimizer_that_has_done_nothing_yet_the_weights_stay():
+    """Its slots are zeros; the other optimizer has an average."""
+    keras.utils.set_random_seed(0)
+    slow = kopt.SGD(0.1, gradient_accumulation_steps=50)
+    model = network(Multi(Map(kopt.Adam(0.1), {".*head.*": slow})))
+    head = numpy(model.layers[1].weights)
+    callback = Polyak(momentum=0.8, segment_every_epochs=1)
+    fit(model, callback, epochs=2)
+    assert equal(model.layers[1].weights, head)
+    assert sorted(callback._counts()) == [0, 6]
+    for twin in (callback.averaged_model(), callback.posthoc(tail=0.5), callback.posthoc(window_steps=4)):
+        assert equal(twin.layers[1].weights, head)
+        assert not equal(twin.layers[0].weights, numpy(made().layers[0].weights))
+
+
+def test_an_optimizer_that_averages_by_itself_is_refused():
+    model = network(keras.optimizers.Adam(0.1, use_ema=True))
+    with pytest.raises(ValueError, match="^`use_ema` must be False beside PolyakAveraging"):
+        fit(model, Polyak(), keras.callbacks.SwapEMAWeights())
+    assert_gone(model)
+
+
+def test_after_an_interrupt_it_says_that_it_begins_anew():
+    model, callback = made(), Polyak(momentum=0.8)
+    with pytest.raises(InterruptedError):
+        fit(model, callback, Fails("on_epoch_end"))
+    with pytest.warns(UserWarning, match="averages anew, not on from the last `fit`: that was broken off"):
+        fit(model, callback, epochs=1)
+    assert callback.updates_ == 3
 
 
 def test_the_copy_is_a_plain_model(tmp_path):
@@ -441,6 +513,22 @@ class Nameless(Own):
     get_config = keras.Model.get_config
 
 
+def test_copies_have_what_layers_make_of_their_state():
+    words = keras.layers.Normalization()
+    words.adapt(X * 5 + 100)
+    frozen = keras.layers.Dense(3, trainable=False)
+    double = keras.layers.Lambda(lambda x: x * 2)
+    model = keras.Sequential([keras.Input((4,)), words, frozen, double, keras.layers.Dense(2)])
+    own = keras.metrics.MeanMetricWrapper(lambda y, found: keras.ops.square(y - found), name="own")
+    model.compile("sgd", loss="mse", metrics=[own])
+    callback = Polyak(momentum=0.8)
+    model.fit(X * 5 + 100, Y, verbose=0, callbacks=[callback])
+    twin = callback.averaged_model()
+    assert np.array_equal(twin.predict(X, verbose=0), model.predict(X, verbose=0))
+    assert len(twin.trainable_variables) == len(model.trainable_variables) == 2
+    assert twin.evaluate(X, Y, verbose=0) == model.evaluate(X, Y, verbose=0)
+
+
 def test_copies_of_models_of_ones_own():
     for make, error in ((lambda: Own(4), None), (lambda: Nameless(len), "cannot be made from its config")):
         model, callback = make(), Polyak(momentum=0.8)
@@ -470,13 +558,16 @@ def test_copies_begin_anew_and_share_the_data(clone):
     ("wrong", "message"),
     [
         ({"momentum": 1.0}, "`momentum` must be a number in"),
-        ({"kind": "uniform", "momentum": 0.9}, "`momentum` must be 0.995 with `kind='uniform'`"),
-        ({"kind": "uniform", "window_steps": 9}, "`window_steps` must be None with `kind='uniform'`"),
-        ({"momentum": 0.9, "window_epochs": 2}, "`window_epochs` must be None beside `momentum`"),
-        ({"window_steps": 5, "window_epochs": 2}, "`window_epochs` must be None beside `window_steps`"),
+        ({"kind": "uniform", "momentum": 0.9}, "`momentum` must be left out with `kind='uniform'`"),
+        ({"kind": "uniform", "window_steps": 9}, "`window_steps` must be left out with `kind='uniform'`"),
+        ({"momentum": 0.9, "window_epochs": 2}, "`window_epochs` must be left out beside `momentum`"),
+        ({"momentum": 0.995, "window_steps": 2}, "`window_steps` must be left out beside `momentum`"),
+        ({"window_steps": 5, "window_epochs": 2}, "`window_epochs` must be left out beside `window_steps`"),
         ({"warmup_steps": 5, "bias_correction": False}, "`bias_correction` must be True beside `warmup_steps`"),
         ({"validate": "both"}, "`validation_data` must be what the average is validated on"),
         ({"validation_data": (X, Y)}, "`validation_data` must be what the average is validated on"),
+        ({"validate": "both", "validation_data": X}, "`validation_data` must be .x, y., or batches"),
+        ({"validate": "both", "validation_data": (X, Y[:3])}, "`validation_data` must be .x, y., or batches"),
         ({"update_bn": (row for row in X)}, "`update_bn` must be arrays"),
         ({"update_bn": [X, X[:3]]}, "`update_bn` must be arrays"),
     ],

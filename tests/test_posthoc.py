@@ -39,12 +39,12 @@ def test_a_tail_is_exact(tail, steps, at_end):
 def test_segments_that_do_not_end_with_the_training():
     callback = Polyak(segment_every_epochs=3)
     train(callback)
-    assert [one["updates"] for one in callback.segments_] == [18, 18]
+    assert [one["updates"] for (one,) in callback.segments_] == [18, 18]
     near(callback.posthoc(tail=1.0).trainable_variables, [np.mean(one, 0) for one in series()], 1e-6)
     near(callback.posthoc(tail=0.25).trainable_variables, [np.mean(one[-12:], 0) for one in series()], 1e-6)
     callback = Polyak(segment_every_epochs=2, start_epoch=1, update_every_steps=2)
     train(callback)
-    assert [one["updates"] for one in callback.segments_] == [12, 12, 12]
+    assert [one["updates"] for (one,) in callback.segments_] == [12, 12, 12]
     near(callback.posthoc(tail=1.0).trainable_variables, [np.mean(one[7::2], 0) for one in series()], 1e-6)
 
 
@@ -65,7 +65,7 @@ def test_a_window_is_near(window):
 
 def test_shares_are_those_of_the_updates():
     closed = [{"updates": n, "means": [np.ones(1)]} for n in (3, 5, 2, 4)]
-    segments = Segments(closed[:3], closed[3])
+    segments = Segments([*closed[:2], {"updates": 0, "means": []}, *closed[2:]])
     m = 1 - 1 / 6
     every = m ** np.arange(14)[::-1] / np.sum(m ** np.arange(14))
     expected = [every[a:b].sum() for a, b in ((0, 3), (3, 8), (8, 10), (10, 14))]
@@ -122,7 +122,8 @@ def test_with_batch_normalization():
         ({"tail": 0}, "`tail` must be a number in"),
         ({"tail": 1.5}, "`tail` must be a number in"),
         ({"window_steps": 0.5}, "`window_steps` must be a number of 1 or more"),
-        ({"select": "best"}, "`select` must be arrays"),
+        ({"select": "best"}, "`select` must be .x, y."),
+        ({"select": X}, "`select` must be .x, y."),
     ],
 )
 def test_refusals(wrong, message):

@@ -64,8 +64,8 @@ def test_polyak(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_polyak_claim():
-    """Eight fresh seeds: better than the raw weights and than Keras's average, each with p < 0.05."""
-    recipe("polyak").main(["--check"])
+    """Other eight seeds than the README's: better than the raw weights, both ways, and than Keras's average."""
+    recipe("polyak").main(["--check", "--first-seed", "200"])
 
 
 @pytest.mark.parametrize("wrong", [["--seeds", "0"], ["--epochs", "1"], ["--check", "--seeds", "5"]])

@@ -5,6 +5,7 @@ Every private name used here has a test in `tests/test_keras_internals.py` that 
 
 import contextlib
 import sys
+import tempfile
 import warnings
 
 import keras
@@ -260,14 +261,29 @@ def made_from_config(model):
     return twin
 
 
+def hand_over(layer, other) -> None:
+    """Give a layer like this one its state in the way of Keras's files: adapted layers make more of it then."""
+    stored: dict = {}
+    layer.save_own_variables(stored)
+    other.load_own_variables({name: to_numpy(value) for name, value in stored.items()})
+    if hasattr(layer, "load_assets"):
+        with tempfile.TemporaryDirectory() as directory:
+            layer.save_assets(directory)
+            other.load_assets(directory)
+
+
 def compile_like(twin, model) -> None:
     """Compile a model like another: with the same functions, but objects with a state, as metrics, of its own."""
     owned = keras.optimizers.Optimizer, keras.metrics.Metric
 
     def own(given):
+        if type(given) is keras.metrics.MeanMetricWrapper:  # no config can hold a function of one's own
+            return type(given)(given._fn, name=given.name, dtype=given.dtype, **given._fn_kwargs)
         return type(given).from_config(given.get_config()) if isinstance(given, owned) else given
 
-    twin.compile(**keras.tree.map_structure(own, dict(model._compile_config.config)))
+    with SafeModeScope(False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
+        twin.compile(**keras.tree.map_structure(own, dict(model._compile_config.config)))
     if isinstance(twin.optimizer, keras.optimizers.Optimizer):
         twin.optimizer.build(twin.trainable_variables)
 

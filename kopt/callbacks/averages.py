@@ -59,7 +59,7 @@ class Average:
         ]
         self.count = part.add_variable(optimizer, dtype="int32", name=f"{name}_count")
 
-    def weights(self) -> list:
+    def current(self) -> list:
         """The weights as they are now, as tensors of the dtypes of the slots."""
         if _in_place():
             return backends.cast_all(map(_keras.memory, self.variables), self.dtypes)
@@ -78,9 +78,6 @@ class Average:
             before = backends.read(backends.first_copy(slot), dtype)
             slot.assign(lerp(before, weight, ops.cast(share, dtype)))
 
-    def written(self) -> list:
-        return [self.count, *self.slots]
-
     def state(self) -> dict:
         return {"count": int(_keras.to_numpy(self.count)), "means": weights.arrays(self.slots)}
 
@@ -92,6 +89,85 @@ class Average:
         """Begin anew. From zeros, the first weights that come in are there to the bit."""
         self.count.assign(0)
         weights.assign(self.slots, [np.zeros(tuple(slot.shape), "float32") for slot in self.slots])
+
+
+class Averaging:
+    """What is averaged of one optimizer, in its step.
+
+    Args:
+        part: The `InStep` callback, in its `install`.
+        optimizer: The optimizer.
+        share: As for `Average`.
+        every: Average each so many updates.
+        is_late: Whether it begins only when it is told.
+        in_segments: Whether there is a second mean, since the last segment was closed.
+    """
+
+    def __init__(self, part, optimizer, share, every=1, is_late=False, in_segments=False):
+        self.every = every
+        self.average = Average(part, optimizer, "average", share)
+        self.segment = Average(part, optimizer, "segment", uniform) if in_segments else None
+        self.going = part.add_variable(optimizer, dtype="int32", name="averaging") if is_late else None
+        self.seen = part.add_variable(optimizer, dtype="int32", name="seen") if every > 1 else None
+        self.variables = self.average.variables
+
+    def tell(self, is_going) -> None:
+        """Tell, when an epoch begins, whether averaging goes on in it."""
+        if self.going is not None:
+            self.going.assign(int(is_going))
+
+    def update(self, happened) -> None:
+        """After a step: tensor code."""
+        due = happened
+        if self.going is not None:
+            due = backends.both(due, backends.number(self.going, "int32") > 0)
+        if self.seen is not None:
+            backends.when(due, lambda: backends.count_up(self.seen), [self.seen])
+            due = backends.both(due, backends.number(self.seen, "int32") % self.every == 0)
+        means = [mean for mean in (self.average, self.segment) if mean]
+        now = self.average.current()  # here, for a loop would carry what is read in it
+        written = [variable for mean in means for variable in (mean.count, *mean.slots)]
+        backends.when(due, lambda: [mean.take_in(now) for mean in means], written)
+
+    def count(self) -> int:
+        return int(_keras.to_numpy(self.average.count))
+
+    def means(self) -> list:
+        """The averages; where nothing is in them yet, the weights as they are."""
+        return [backends.copied(one) for one in (self.average.slots if self.count() else self.variables)]
+
+    def state(self) -> dict:
+        found = {"average": self.average.state(), "segment": self.segment and self.segment.state()}
+        return found | {"seen": None if self.seen is None else int(_keras.to_numpy(self.seen))}
+
+    def set_state(self, state) -> None:
+        self.average.set_state(state["average"])
+        if self.segment:
+            self.segment.set_state(state["segment"])
+        if self.seen is not None:
+            self.seen.assign(state["seen"])
+
+    def stretch(self) -> dict:
+        """The mean of the open segment, and how many updates it stands for."""
+        state = self.segment.state()
+        return {"updates": state["count"] * self.every, "means": state["means"]}
+
+
+class Averaged:
+    """The same, when the training is over: what it was, without the optimizer's variables."""
+
+    def __init__(self, averaging):
+        self.variables, self.every, self.kept = averaging.variables, averaging.every, averaging.state()
+        self.found = self.kept["average"]["means"] if self.count() else weights.arrays(self.variables)
+
+    def count(self) -> int:
+        return self.kept["average"]["count"]
+
+    def means(self) -> list:
+        return self.found
+
+    def stretch(self) -> dict:
+        return {"updates": self.kept["segment"]["count"] * self.every, "means": self.kept["segment"]["means"]}
 
 
 def is_averaged(variable) -> bool:

@@ -75,10 +75,10 @@ class InStep(Callback):
     """A callback with a part in the compiled step, for the length of a `fit`.
 
     A subclass overrides some of `prepare`, `install`, `installed`, `before_update`, `during_update`, `after_update`,
-    `aside`, `finish` and `leave`. All but the first are called for every optimizer that updates variables itself: the
-    one within a `LossScaleOptimizer`, each of a `MultiOptimizer`. Several such callbacks take their turns in the order
-    of the list. A subclass that overrides a hook of Keras calls `super()`'s, too, and adds what it keeps of a running
-    `fit`, variables above all, to `left_behind`.
+    `aside`, `finish`, `leave` and `let_go`. All but the first and the last are called for every optimizer that updates
+    variables itself: the one within a `LossScaleOptimizer`, each of a `MultiOptimizer`. Several such callbacks take
+    their turns in the order of the list. A subclass that overrides a hook of Keras calls `super()`'s, too, and adds
+    what it keeps of a running `fit`, variables above all, to `left_behind`.
 
     Installed is what `set_model` has announced, once `fit` makes its train function: before `on_train_begin` of any
     callback. `evaluate` and `predict`, which call `set_model` as well, make none, so that nothing comes of it there.
@@ -124,6 +124,9 @@ class InStep(Callback):
 
     def leave(self, optimizer) -> None:
         """Put back what `install` has changed: after `finish`, or in the next `fit` if this one raised."""
+
+    def let_go(self) -> None:
+        """Called once when the callback is out of the step, whatever has happened, if `fit` had let it in."""
 
     def finish(self, optimizer) -> None:
         """Read the variables for the last time; after a `fit` that raised it is not called."""

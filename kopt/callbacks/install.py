@@ -115,6 +115,7 @@ class Installation:
             step.remove(part)
         self.parts = [other for other in self.parts if other is not part]
         part._training = None
+        part.let_go()
         self.model.train_function = None
         if _keras.fits_of(self.model) > 1:  # the one around this one needs a train function
             self.make()

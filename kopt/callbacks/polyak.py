@@ -1,19 +1,19 @@
 """Polyak averaging: the mean of the weights, in the compiled step."""
 
 import contextlib
-import dataclasses
 import warnings
 
 import keras
 import numpy as np
 
-from kopt import _keras, backends, checks, weights
+from kopt import _keras, checks, weights
 from kopt._keras import running, stepping
-from kopt.batch_norm import Statistics, check_batches
-from kopt.callbacks.averages import Average, exponential, is_averaged, uniform
+from kopt.batch_norm import check_batches
+from kopt.callbacks.averages import Averaged, Averaging, exponential, is_averaged, uniform
 from kopt.callbacks.base import InStep
 from kopt.callbacks.clock import Span
 from kopt.callbacks.segments import Segments
+from kopt.callbacks.showing import Showing
 
 MOMENTUM = 0.995
 OWN = "val_averaged_"  # what the metrics of the average are called beside those of the raw weights
@@ -24,41 +24,6 @@ FOR_EMA = {
     "window_steps": None,
     "window_epochs": None,
 }
-
-
-@dataclasses.dataclass
-class Kept:
-    """What is kept in one optimizer while it trains."""
-
-    average: Average
-    segment: Average | None  # since the last segment was closed
-    going: keras.Variable  # whether averaging has begun; None where it begins at once
-    seen: keras.Variable  # the updates since then; None where each is averaged
-
-    @property
-    def variables(self):
-        return self.average.variables
-
-    def state(self) -> dict:
-        found = {"average": self.average.state(), "segment": self.segment and self.segment.state()}
-        return found | {"seen": None if self.seen is None else int(_keras.to_numpy(self.seen))}
-
-    def set_state(self, state) -> None:
-        self.average.set_state(state["average"])
-        if self.segment:
-            self.segment.set_state(state["segment"])
-        if self.seen is not None:
-            self.seen.assign(state["seen"])
-
-
-@dataclasses.dataclass
-class Ended:
-    """What is left of a `fit` that has ended."""
-
-    variables: list  # for each optimizer those that are averaged
-    states: list  # of what was kept in each
-    raw: list  # what training would go on from
-    left: list  # what the model was left with
 
 
 class PolyakAveraging(InStep):
@@ -75,21 +40,29 @@ class PolyakAveraging(InStep):
     When to use it: with gradients that stay noisy (small batches, noisy labels) and a rate that does not decay to
     zero. It does not replace the decay of the rate, and after one to zero there is little left to average.
 
-    While `fit` runs the model trains with its own weights. What the callback shows are the averaged ones, always by
-    putting them into the model for a moment:
+    While `fit` runs the model trains with its own weights. The callback shows the average by putting it into the model
+    for a moment:
 
     - `validate="averaged"`: the validation of `fit` is that of the average; so `val_loss` is its loss. `"raw"`: of the
       weights as they are. `"both"`: of these, and `val_averaged_loss`, ... are the average's on `validation_data`.
     - `keras.callbacks.ModelCheckpoint` saves the weights that its metric was measured on.
     - `on_train_end="averaged"`: the model ends with the average, after `EarlyStopping(restore_best_weights=True)` with
-      the average of the best epoch. `"raw"`: it ends with the weights as they are.
-    - A callback of your own that needs the average says `with avg.applied(): ...`.
+      the average of the best epoch (`applied` and `averaged_model` have the last one). `"raw"`: it ends with the
+      weights as they are, and so does a `fit` that raises.
+    - Any other callback sees the weights as they are; one that needs the average says `with avg.applied(): ...`.
+    - `evaluate` and `predict` show the average if the callback is in their `callbacks`.
 
-    The next `fit` with the same callback goes on where this one ended, with the weights as they are and the same
-    average, unless somebody else has changed the weights: four of one epoch are as one of four. Models with
-    `BatchNormalization` want `update_bn`: the statistics in the model are of other weights than the average.
+    The next `fit` with the same callback goes on from the raw weights and the average, so that four `fit`s of one
+    epoch, each with its `initial_epoch`, equal one of four. Where the weights were changed since, or the last `fit` was
+    broken off, it averages anew from the weights that the model has, and warns. With another callback, or none,
+    training goes on from what the model was left with: the average.
 
-    With `segment_every_epochs`, `posthoc` makes any other average after the training.
+    The average takes the memory of the weights on the device, and on the host, when `fit` has ended, twice that.
+
+    Attributes:
+        updates_: How many updates are in the average.
+        segments_: The means of the segments so far, for each optimizer.
+        tried_: What `posthoc(select=...)` has tried, with the loss of each.
 
     Args:
         momentum: The weight of the past, in [0, 1).
@@ -98,16 +71,19 @@ class PolyakAveraging(InStep):
         update_every_steps: Average each so many updates; `momentum` is raised to that power, so that the window stays.
         bias_correction: Without it, the first weights count for all those before them, as in Keras.
         warmup_steps: So many updates long the window grows from 1 to its length, in proportion to the updates done, so
-            that the beginning is forgotten. TensorFlow's `min(momentum, (1 + t) / (10 + t))` is about 9 windows.
+            that the beginning is forgotten. TensorFlow's `min(momentum, (1 + t) / (10 + t))` is one of about 9 windows.
         window_steps: Give this instead of `momentum` to say over how many updates: `momentum = 1 - 1 / window_steps`.
         window_epochs: The same in epochs.
-        update_bn: Data for `kopt.update_bn`; each time the average is shown, the statistics of batch normalization are
-            those of the averaged weights. Take what the model was trained on, or some 50 batches of it.
-        validate: "averaged", "raw" or "both".
+        update_bn: Data for `kopt.update_bn`: whenever the average is shown, the statistics of batch normalization are
+            those of the averaged weights. Take what the model was trained on, or some 50 batches of it, that do not
+            shuffle themselves. It is one pass an epoch if the average is validated, and one for each that `posthoc`
+            tries. Arrays are read in batches of 32.
+        validate: "averaged", "raw" or "both". Before `start_epoch`, all three are of the raw weights.
         validation_data: What the average is validated on, for "both": as for `fit`.
         on_train_end: "averaged" or "raw".
-        segment_every_epochs: Keep the mean of the weights of so many epochs, each, for `posthoc`. That takes one more
-            slot, and each time the memory of the weights on the host; `BackupAndRestore` saves them, too.
+        segment_every_epochs: Keep the mean of the weights over each so many epochs, of which `posthoc` makes any other
+            average after the training. That takes one more slot, and on the host the memory of the weights for each;
+            kopt's `BackupAndRestore` saves all of them each time.
         name: What the callback is called in a file and in messages.
 
     Example:
@@ -130,22 +106,20 @@ class PolyakAveraging(InStep):
     """
 
     left_behind = (
-        *InStep.left_behind,
-        *("_kept", "_ended", "_trained", "_bn", "_moments", "_epoch", "_raw", "_siblings", "_readers", "_undo"),
-        *("_shown", "_is_held"),
-    )
+        *InStep.left_behind, "_of", "_past", "_trained", "_showing", "_raw", "_left", "_epoch", "_siblings", "_readers",
+        "_undo", "_shown", "segments_", "tried_",
+    )  # fmt: skip
     shared = ("update_bn", "validation_data")
-    _kept = None  # id of an optimizer -> its `Kept`
-    _ended = None  # what the last `fit` has left
-    _trained = None  # the model
-    _bn = _moments = None  # its `Statistics`; the counts of the averages they were estimated for, and what they were
+    _of = None  # id of an optimizer -> its `Averaging`, or `Averaged` when `fit` is over
+    _past = None  # the same of the last `fit`, if this one goes on from it
+    _trained = _showing = None  # the model, and what puts other weights into it
+    _raw = None  # when `fit` is over: what training would go on from
+    _left = None  # and the digest of what the model was left with
     _epoch = None
-    _raw = None  # the weights without any average, when training has ended
-    _siblings = ()  # those of this class in the same `fit`
-    _readers = ()  # the callbacks that go by the metrics of the average
-    _undo = None  # what takes back what was put into the model and into other callbacks
+    _siblings = _readers = None  # in the same `fit`: those of this class; those that go by a metric of this one
+    _undo = None  # what takes back what was put in place of methods of the model and of other callbacks
     _shown = None  # what a hook of `evaluate` or `predict` has put into the model
-    _is_held = None  # whether the model has other weights than its own now
+    segments_ = tried_ = None
 
     def __init__(
         self,
@@ -175,22 +149,21 @@ class PolyakAveraging(InStep):
         self.window_epochs = checks.optional(checks.epochs)("window_epochs", window_epochs)
         self.update_bn = None if update_bn is None else check_batches("update_bn", update_bn)
         self.validate = checks.one_of("averaged", "raw", "both")("validate", validate)
-        self.validation_data = validation_data
-        if validation_data is not None:
-            check_batches("validation_data", validation_data)
+        is_given = validation_data is not None
+        self.validation_data = check_batches("validation_data", validation_data, True) if is_given else None
         self.at_end = checks.one_of("averaged", "raw")("on_train_end", on_train_end)
         self.segment_every_epochs = checks.optional(checks.count(1))("segment_every_epochs", segment_every_epochs)
-        self._check_together()
-        self.segments_: list[dict] = []
-        self.tried_: list[dict] = []  # by `posthoc(select=...)`
+        self._check_together(momentum)
 
-    def _check_together(self) -> None:
+    def _check_together(self, momentum) -> None:
         given = {name: value for name in FOR_EMA if (value := getattr(self, name)) != FOR_EMA[name]}
+        if momentum is not MOMENTUM:  # a 0.995 that was written out is another object
+            given = {"momentum": momentum} | given
         for name, value in given.items() if self.kind == "uniform" else ():
-            checks.refuse(name, f"{FOR_EMA[name]} with `kind='uniform'`, where all weights count alike", value)
+            checks.refuse(name, "left out with `kind='uniform'`, where all weights count alike", value)
         one_of = [name for name in ("momentum", "window_steps", "window_epochs") if name in given]
         if len(one_of) > 1:
-            checks.refuse(one_of[1], f"{FOR_EMA[one_of[1]]} beside `{one_of[0]}`", given[one_of[1]])
+            checks.refuse(one_of[1], f"left out beside `{one_of[0]}`", given[one_of[1]])
         if self.warmup_steps and not self.bias_correction:
             checks.refuse("bias_correction", "True beside `warmup_steps`, which leaves nothing to correct", False)
         if (self.validate == "both") != (self.validation_data is not None):
@@ -200,40 +173,40 @@ class PolyakAveraging(InStep):
     # In the step
 
     def prepare(self, model):
-        self._hide()
-        if self._is_held:
-            raise RuntimeError(f"`fit` cannot run while {self.name} has other weights in the model")
         for part in self._training.parts:  # the average that another has left in the model goes, too
-            if isinstance(part, PolyakAveraging) and part._has_left(model, "left"):
-                weights.assign(part._changed(), part._ended.raw)
-        goes_on = self._has_left(model, "raw")
-        self._kept, self._moments, self._epoch, self._raw = {}, None, None, None
+            if isinstance(part, PolyakAveraging) and part._is_on(model, part._left):
+                weights.assign(part._changed(), part._raw)
+        goes_on = self._left is not None and self._is_on(model, weights.digest(self._raw))
         if not goes_on:
-            self._trained, self._ended, self._bn, self.segments_ = model, None, None, []
+            if model is self._trained and self.updates_:
+                why = "its weights were changed since" if self._left else "that was broken off"
+                warnings.warn(f"{self.name} averages anew, not on from the last `fit`: {why}.", stacklevel=2)
+            self._trained, self._showing = model, Showing(model, self.update_bn)
+            self.segments_, self.tried_ = [], []
+        self._past = list(self._of.values()) if goes_on else []
+        self._of, self._raw, self._left, self._epoch = {}, None, None, None
 
-    def _has_left(self, model, which) -> bool:
-        """Whether a `fit` with this callback ended on the model, and its weights are those it left, or the raw ones."""
-        if self._ended is None or model is not self._trained:
+    def _is_on(self, model, digest) -> bool:
+        """Whether the last `fit` has ended on the model, and what an average changes of it is that of the digest."""
+        if self._left is None or model is not self._trained:
             return False
         averaged = {id(variable) for variable in self._averaged()}
         if averaged != {id(one) for one in model.trainable_variables if is_averaged(one)}:
             return False
-        now, then = weights.arrays(self._changed()), getattr(self._ended, which)
-        return all(one.tobytes() == other.tobytes() for one, other in zip(now, then, strict=True))
+        return weights.digest(weights.arrays(self._changed())) == digest
 
     def install(self, optimizer):
+        if getattr(optimizer, "use_ema", False):
+            checks.refuse("use_ema", f"False beside {self.name}: its average would come into the weights", True)
         span = Span(self.params, optimizer.gradient_accumulation_steps or 1)
-        average = Average(self, optimizer, "average", self._share(span))
-        segment = Average(self, optimizer, "segment", uniform) if self.segment_every_epochs else None
-        going = self.add_variable(optimizer, dtype="int32", name="averaging") if self.start_epoch else None
-        seen = self.add_variable(optimizer, dtype="int32", name="seen") if self.update_every_steps > 1 else None
-        kept = self._kept[id(optimizer)] = Kept(average, segment, going, seen)
-        mine = [id(variable) for variable in kept.variables]
-        for variables, state in zip(self._ended.variables, self._ended.states, strict=True) if self._ended else ():
-            if [id(variable) for variable in variables] == mine:
-                kept.set_state(state)
+        every, is_late, in_segments = self.update_every_steps, self.start_epoch > 0, bool(self.segment_every_epochs)
+        averaging = Averaging(self, optimizer, self._share(span), every, is_late, in_segments)
+        self._of[id(optimizer)] = averaging
+        for past in self._past:
+            if list(map(id, past.variables)) == list(map(id, averaging.variables)):
+                averaging.set_state(past.kept)
         if self._epoch is not None:  # the optimizer was built in the first step
-            self._tell(kept)
+            averaging.tell(self._epoch >= self.start_epoch)
 
     def _share(self, span):
         if self.kind == "uniform":
@@ -250,37 +223,47 @@ class PolyakAveraging(InStep):
         return exponential(momentum**every, self.bias_correction, self.warmup_steps / every)
 
     def after_update(self, optimizer, variables, happened):
-        kept, due = self._kept[id(optimizer)], happened
-        if kept.going is not None:
-            due = backends.both(due, backends.number(kept.going, "int32") > 0)
-        if kept.seen is not None:
-            backends.when(due, lambda: backends.count_up(kept.seen), [kept.seen])
-            due = backends.both(due, backends.number(kept.seen, "int32") % self.update_every_steps == 0)
-        means = [mean for mean in (kept.average, kept.segment) if mean]
-        now, written = kept.average.weights(), [variable for mean in means for variable in mean.written()]
-        backends.when(due, lambda: [mean.take_in(now) for mean in means], written)
+        self._of[id(optimizer)].update(happened)
 
-    # In a fit
+    def on_epoch_begin(self, epoch, logs=None):
+        super().on_epoch_begin(epoch, logs)
+        self._epoch = epoch
+        for averaging in self._now():
+            averaging.tell(epoch >= self.start_epoch)
+
+    # Beside others in a fit
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
-        model, listed = self.model, running.Fit(self).callbacks
-        self._siblings = [one for one in listed if isinstance(one, PolyakAveraging)] or [self]
-        for name, attribute in (("validate", "validate"), ("on_train_end", "at_end")):
-            if [getattr(one, attribute) for one in self._siblings].count("averaged") > 1:
-                self._training.clear()
-                checks.refuse(name, "'averaged' in one of several PolyakAveraging at most", "averaged")
-        before = listed[: listed.index(self)] if self in listed else []
-        if late := [type(one).__name__ for one in before if self._keeps_average(one) or self._reads_average(one)]:
-            self._training.clear()
-            allowed = f"a list with {self.name} before all that go by its average ({', '.join(late)})"
-            checks.refuse("callbacks", allowed, [type(one).__name__ for one in listed])
+        model, listed = self.model, running.Fit(self).callbacks or [self]
+        self._siblings = [one for one in listed if isinstance(one, PolyakAveraging)]
         self._readers = [one for one in listed if self._reads_average(one)]
-        self._take_back()
-        self._undo = [stepping.stand_in(model, "evaluate", self._guarded(model.evaluate))]
-        for callback in filter(self._keeps_average, listed):
+        keepers = [one for one in listed if self._keeps_average(one)]
+        try:
+            self._check_list(listed, [*keepers, *self._readers])
+        except ValueError:
+            self._training.clear()
+            raise
+        self._undo = []
+        if self.validate == "averaged":
+            self._undo = [stepping.stand_in(model, "evaluate", self._validating(model.evaluate))]
+        for callback in keepers:
             name = _keras.keeping_method(callback)
             self._undo.append(stepping.stand_in(callback, name, self._with_average(callback, name)))
+
+    def _check_list(self, listed, after) -> None:
+        """Refuse a list in which another says the same, or goes by the average before it is there."""
+        for name, attribute, value in (
+            ("validate", "validate", "averaged"),
+            ("validate", "validate", "both"),
+            ("on_train_end", "at_end", "averaged"),
+        ):
+            if [getattr(one, attribute) for one in self._siblings].count(value) > 1:
+                checks.refuse(name, f"{value!r} in one of several PolyakAveraging at most", value)
+        before = listed[: listed.index(self)]
+        if late := {id(one): type(one).__name__ for one in after if one in before}:
+            allowed = f"a list with {self.name} before all that go by its average ({', '.join(late.values())})"
+            checks.refuse("callbacks", allowed, [type(one).__name__ for one in listed])
 
     def _reads_average(self, callback) -> bool:
         """Whether the callback goes by a metric that this one writes to the logs."""
@@ -292,7 +275,8 @@ class PolyakAveraging(InStep):
             return False
         if isinstance(callback, keras.callbacks.EarlyStopping):  # what it keeps is what the model ends with
             return self.at_end == "averaged"
-        is_validated = self.validate == "averaged" and callback.monitor.startswith("val_")
+        metric = callback.monitor
+        is_validated = self.validate == "averaged" and metric.startswith("val_") and not metric.startswith(OWN)
         return is_validated or self._reads_average(callback)
 
     def _with_average(self, callback, name):
@@ -305,62 +289,38 @@ class PolyakAveraging(InStep):
 
         return call
 
-    def _guarded(self, evaluate):
-        """`evaluate` that hides the average also if it raises, and no hook of its end is called."""
+    def _validating(self, evaluate):
+        """`evaluate` with the average, if it is for `fit`, which gives it its list of callbacks."""
 
         def call(*args, **kwargs):
-            shown = self._shown
-            try:
+            listed = getattr(kwargs.get("callbacks"), "callbacks", ())
+            is_mine = self._training is not None and any(one is self for one in listed)
+            with self._average_if_any() if is_mine else contextlib.nullcontext():
                 return evaluate(*args, **kwargs)
-            finally:
-                if self._shown is not shown:
-                    self._hide()
 
         return call
 
-    def _take_back(self) -> None:
+    def let_go(self):
         for undo in self._undo or ():
             undo()
         self._undo = None
 
-    def leave(self, optimizer):
-        self._take_back()
-
-    def on_epoch_begin(self, epoch, logs=None):
-        super().on_epoch_begin(epoch, logs)
-        _keras.fetch_state(self._trained)
-        self._epoch = epoch
-        for kept in self._kept.values():
-            self._tell(kept)
-
-    def _tell(self, kept) -> None:
-        if kept.going is not None:
-            kept.going.assign(int(self._epoch >= self.start_epoch))
-
     def on_epoch_end(self, epoch, logs=None):
-        model, every, done = self.model, self.segment_every_epochs, epoch + 1 - self.start_epoch
+        every, done = self.segment_every_epochs, epoch + 1 - self.start_epoch
         if every and done > 0 and done % every == 0:
-            self._close_segment()
+            self.segments_.append(self._stretches())
+            for averaging in self._now():
+                averaging.segment.reset()
         if self.validate == "both" and logs is not None:
-            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(self.validation_data)
             with self._average_if_any():
-                found = model.evaluate(x, y, sample_weight=sample_weight, verbose=0, return_dict=True)
+                found = self._evaluated(self.validation_data)
             logs.update({f"{OWN}{name}": value for name, value in found.items()})
             for callback in self._readers:
                 _keras.tell_direction(callback, callback.monitor.replace(OWN, "val_"))
 
-    def _close_segment(self) -> None:
-        if segment := self._open_segment():
-            self.segments_.append(segment)
-            for kept in self._kept.values():
-                kept.segment.reset()
-
-    def _open_segment(self) -> dict | None:
-        found = [state["segment"] for state in self._states()]
-        if not found or not found[0]["count"]:
-            return None
-        means = [mean for one in found for mean in one["means"]]
-        return {"updates": found[0]["count"] * self.update_every_steps, "means": means}
+    def _evaluated(self, judged) -> dict:
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(judged)
+        return self._trained.evaluate(x, y, sample_weight=sample_weight, verbose=0, return_dict=True)
 
     def get_state(self):
         return {"segments": self.segments_}
@@ -369,47 +329,73 @@ class PolyakAveraging(InStep):
         self.segments_ = list(state["segments"])
 
     def on_train_end(self, logs=None):
-        if self._kept and self._begun:
-            _keras.fetch_state(self._trained)
+        if self._of and self._begun:
             for one in self._siblings:
                 one._note_raw()
-            variables = [kept.variables for kept in self._kept.values()]
-            self._ended = Ended(variables, self._states(), self._raw, [])
             with self._average_if_any() if self.at_end == "averaged" else contextlib.nullcontext():
-                self._ended.left = weights.arrays(self._changed())
-            weights.assign(self._changed(), self._ended.left)
+                left = weights.arrays(self._changed())
+            self._of = {key: Averaged(averaging) for key, averaging in self._of.items()}
+            weights.assign(self._changed(), left)
+            self._left = weights.digest(left)
             if not self.updates_:
                 why = f"`start_epoch` is {self.start_epoch}" if self.start_epoch else "no update was applied"
                 warnings.warn(f"{self.name} has averaged nothing: {why}. The model has its own weights.", stacklevel=2)
-            self._kept = self._raw = None
         super().on_train_end(logs)
 
     def _note_raw(self) -> None:
         """Keep the raw weights, before any average is put into the model for good."""
-        if self._kept and self._raw is None:
+        if self._of and self._raw is None:
+            self._now()
             self._raw = weights.arrays(self._changed())
 
-    # Showing it
+    # What there is
+
+    def _now(self) -> list:
+        """What is averaged of each optimizer; JAX has handed out the values of its variables."""
+        if self._of and self._left is None:
+            _keras.fetch_state(self._trained)
+        return list((self._of or {}).values())
+
+    def _counts(self) -> tuple[int, ...]:
+        """How many updates are in the average of each optimizer."""
+        return tuple(averaging.count() for averaging in self._now())
 
     @property
     def updates_(self) -> int:
         """How many updates are in the average."""
         return max(self._counts(), default=0)
 
+    def _averaged(self) -> list:
+        return [variable for averaging in self._of.values() for variable in averaging.variables]
+
+    def _changed(self) -> list:
+        """All variables of the model that change when an average is shown."""
+        return self._showing.changed(self._averaged())
+
+    def _stretches(self) -> list[dict]:
+        """The open segment of each optimizer."""
+        return [averaging.stretch() for averaging in self._now()]
+
+    # Showing it
+
     def applied(self, which: str = "averaged"):
         """A context in which the model has the averaged weights; afterwards it is as it was, whatever is raised.
 
         Args:
-            which: "averaged", or "raw" for those that the training would go on from.
+            which: "averaged", or "raw" for those that the training goes on from.
         """
         which = checks.one_of("averaged", "raw")("which", which)
-        self._hide()
-        self._check_average()
+        if not self.updates_:
+            when = f"; it begins at epoch {self.start_epoch}" if self.start_epoch else ""
+            raise RuntimeError(f"{self.name} has averaged nothing yet{when}")
         if which == "averaged":
-            return self._holding(self._averages(), self._counts())
-        if self._kept:  # `fit` is running: the model has them
-            return contextlib.nullcontext()
-        return weights.holding(self._trained, self._changed(), self._ended.raw)
+            means = [mean for averaging in self._now() for mean in averaging.means()]
+            return self._showing.holding(self._averaged(), means, self._counts())
+        raw = self._raw or self._showing.own  # what the model has by itself, if it has anything else
+        return self._showing.holding(self._averaged(), raw) if raw else contextlib.nullcontext()
+
+    def _average_if_any(self):
+        return self.applied() if self.updates_ else contextlib.nullcontext()
 
     def averaged_model(self) -> keras.Model:
         """A model of its own with the averaged weights, to keep, save or go on with; nothing of the callback is in it.
@@ -423,8 +409,8 @@ class PolyakAveraging(InStep):
         """A model of its own with another average over the same training, made of the means of its segments.
 
         Args:
-            window_steps: An exponentially weighted average over about so many updates; within 3 % of what it would have
-                been if that is four segments or more.
+            window_steps: An exponentially weighted average over about so many updates. Take four segments or more:
+                each is taken as a whole.
             tail: The mean over this share of the updates, counted from the end; exact where a segment begins there.
             select: Data as for `evaluate`. Of windows from four segments up and tails of 1, 2, 4, ... segments, take
                 the one with the least loss on it. `tried_` has the loss of each.
@@ -435,117 +421,67 @@ class PolyakAveraging(InStep):
             checks.refuse("window_steps", "given, or `tail`, or `select`, and only one of them", window_steps)
         checks.optional(checks.window)("window_steps", window_steps)
         checks.optional(checks.share)("tail", tail)
-        segments = self._segments()
-        if select is not None:
-            check_batches("select", select)
-            self.tried_ = [one | {"loss": self._loss(segments, one, select)} for one in segments.candidates()]
-            best = min(self.tried_, key=lambda one: np.nan_to_num(one["loss"], nan=np.inf))
-            given = {name: value for name, value in best.items() if name != "loss"}
-        with self._holding(segments.mean(segments.shares(**given))):
-            return weights.copy_of(self._trained)
-
-    def _segments(self) -> Segments:
         if not self.segment_every_epochs:
             checks.refuse("segment_every_epochs", "given to the callback before `fit`", None)
-        self._check_average()
-        return Segments(self.segments_, self._open_segment())
+        segments = self._segments()
+        if select is not None:
+            judged = check_batches("select", select, True)
+            longest = max(segments, key=lambda one: one.total)
+            self.tried_ = [one | {"loss": self._loss(segments, one, judged)} for one in longest.candidates()]
+            best = min(self.tried_, key=lambda one: np.nan_to_num(one["loss"], nan=np.inf))
+            given = {name: value for name, value in best.items() if name != "loss"}
+        with self._holding_mean(segments, given):
+            return weights.copy_of(self._trained)
+
+    def _segments(self) -> list[Segments]:
+        """Those of each optimizer."""
+        with self.applied("raw"):  # refuses where there is nothing
+            stretches = [*self.segments_, self._stretches()]
+        return [Segments(of_one) for of_one in zip(*stretches, strict=True)]
+
+    def _holding_mean(self, segments, arguments):
+        means = [
+            mean
+            for averaging, one in zip(self._now(), segments, strict=True)
+            for mean in (one.mean(one.shares(**arguments)) if len(one) else averaging.means())
+        ]
+        return self._showing.holding(self._averaged(), means)
 
     def _loss(self, segments, arguments, judged) -> float:
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(judged)
-        with self._holding(segments.mean(segments.shares(**arguments))):
-            return self._trained.evaluate(x, y, sample_weight=sample_weight, verbose=0, return_dict=True)["loss"]
+        with self._holding_mean(segments, arguments):
+            return self._evaluated(judged)["loss"]
 
     def on_test_begin(self, logs=None):
         super().on_test_begin(logs)
-        if self.validate == "averaged":
+        if self._undo is None:  # `fit` puts the average in around its validation
             self._show()
 
     def on_test_end(self, logs=None):
         self._hide()
 
     def on_predict_begin(self, logs=None):
-        super().on_test_begin(logs)
+        super().on_predict_begin(logs)
         self._show()
 
     def on_predict_end(self, logs=None):
         self._hide()
 
     def _show(self) -> None:
-        """Put the average into the model until `_hide`; Keras has a hook for the one and another for the other."""
+        """Put the average into the model until `_hide`: Keras calls one hook of a callback and then another.
+
+        If Keras raises between the two, the average is taken out when the next `fit` begins.
+        """
         self._hide()
-        if self._model is not self._trained:
+        model = self._model
+        anew = lambda *args, **more: (self._hide(), model.fit(*args, **more))[1]  # noqa: E731
+        if model is not self._trained:
             raise RuntimeError(f"{self.name} has averaged the weights of another model, or of none")
         shown = contextlib.ExitStack()
         shown.enter_context(self._average_if_any() if self._training else self.applied())
+        shown.callback(stepping.stand_in(model, "fit", anew))
         self._shown = shown
 
     def _hide(self) -> None:
         shown, self._shown = self._shown, None
         if shown is not None:
             shown.close()
-
-    def _average_if_any(self):
-        return self.applied() if self.updates_ else contextlib.nullcontext()
-
-    def _check_average(self) -> None:
-        if not self.updates_:
-            when = f"; it begins at epoch {self.start_epoch}" if self.start_epoch else ""
-            raise RuntimeError(f"{self.name} has averaged nothing yet{when}")
-
-    @contextlib.contextmanager
-    def _holding(self, means, counts=None):
-        """The model with these means, and the statistics of batch normalization that belong to them."""
-        before, self._is_held = self._is_held, True
-        try:
-            with (
-                weights.holding(self._trained, self._averaged(), means),
-                weights.holding(self._trained, self._normalized(), self._estimated(counts)),
-            ):
-                yield
-        finally:
-            self._is_held = before
-
-    def _estimated(self, counts) -> list:
-        """The statistics for the weights that the model has; they are known if it had the average of these counts."""
-        if self.update_bn is None:
-            return []
-        if counts is None or self._moments is None or self._moments[0] != counts:
-            moments = self._bn.estimate(self.update_bn)
-            if counts is None:
-                return moments
-            self._moments = counts, moments
-        return self._moments[1]
-
-    def _normalized(self) -> list:
-        """The variables of batch normalization that are estimated anew."""
-        if self.update_bn is None:
-            return []
-        self._bn = self._bn or Statistics(self._trained)
-        return self._bn.variables
-
-    def _averaged(self) -> list:
-        found = [kept.variables for kept in self._kept.values()] if self._kept else self._ended.variables
-        return [variable for variables in found for variable in variables]
-
-    def _changed(self) -> list:
-        """All variables of the model that another weight of an average changes."""
-        return [*self._averaged(), *self._normalized()]
-
-    def _averages(self) -> list:
-        if self._kept:
-            _keras.fetch_state(self._trained)
-            return [backends.copied(slot) for kept in self._kept.values() for slot in kept.average.slots]
-        return [mean for state in self._ended.states for mean in state["average"]["means"]]
-
-    def _states(self) -> list[dict]:
-        if self._kept:
-            _keras.fetch_state(self._trained)
-            return [kept.state() for kept in self._kept.values()]
-        return self._ended.states if self._ended else []
-
-    def _counts(self) -> tuple[int, ...]:
-        """How many updates are in the average of each optimizer."""
-        if self._kept:
-            _keras.fetch_state(self._trained)
-            return tuple(int(_keras.to_numpy(kept.average.count)) for kept in self._kept.values())
-        return tuple(state["average"]["count"] for state in self._ended.states) if self._ended else ()

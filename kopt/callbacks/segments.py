@@ -1,23 +1,23 @@
 """Means of the weights over stretches of a training, of which any average over it can be made afterwards.
 
 The mean over the last s steps is a mean of these means, exactly if it begins where a stretch does. An exponentially
-weighted average takes each stretch as a whole: within 3 % if its window is as long as four stretches.
+weighted average takes each stretch as a whole, so its window should be four stretches or more.
 """
 
 import numpy as np
 
 
 class Segments:
-    """The stretches in order: how many updates each is long, and the mean of each variable over it.
+    """The stretches of one optimizer, in order.
 
     Args:
-        closed: Those that have ended, as dicts of "updates" and "means".
-        open_one: The one that has not, or None.
+        stretches: Dicts of "updates", how many updates one is long, and "means", the mean of each variable over them.
     """
 
-    def __init__(self, closed, open_one=None):
-        found = [one for one in [*closed, open_one] if one and one["updates"]]
+    def __init__(self, stretches):
+        found = [one for one in stretches if one["updates"]]
         self.updates = np.array([one["updates"] for one in found], "int64")
+        self.ages = self.updates.sum() - np.cumsum(self.updates)  # the updates that came after each
         self.means = [one["means"] for one in found]
 
     def __len__(self):
@@ -36,14 +36,12 @@ class Segments:
         if window <= 1:  # the last one alone
             return np.eye(len(self))[-1]
         log = np.log1p(-1 / window)
-        ends = self.updates.sum() - np.cumsum(self.updates)  # the updates that came after each
-        shares = np.exp(ends * log) * -np.expm1(self.updates * log)
+        shares = np.exp(self.ages * log) * -np.expm1(self.updates * log)
         return shares / shares.sum()
 
     def _of_tail(self, tail: float) -> np.ndarray:
         """What each weighs in the mean over this share of the updates, counted from the end."""
-        ends = self.updates.sum() - np.cumsum(self.updates)
-        within = np.clip(tail * self.updates.sum() - ends, 0, self.updates)
+        within = np.clip(tail * self.total - self.ages, 0, self.updates)
         return within / within.sum()
 
     def mean(self, shares) -> list[np.ndarray]:
@@ -60,5 +58,5 @@ class Segments:
         typical, total = float(np.median(self.updates)), self.total
         windows = [typical * 2.0**k for k in range(2, 64) if typical * 2.0**k <= total]
         counts = sorted({len(self), *(2**k for k in range(len(self).bit_length()))})
-        tails = [float(self.updates[-count:].sum() / total) for count in counts if count <= len(self)]
+        tails = [float(self.updates[-count:].sum() / total) for count in counts]
         return [{"window_steps": window} for window in windows] + [{"tail": tail} for tail in tails]

@@ -1,7 +1,7 @@
 """Time a training step with Keras's average of the weights and with kopt's, on the backend in KERAS_BACKEND.
 
 Epochs within one `fit` are timed, the first left out; the arms take turns. "none again" is what nothing differs from
-itself. What an average costs is the time above "none"; the last column is kopt's or Keras's time over Keras's.
+itself. What an average costs is the time above "none"; the last column is the time over that of `use_ema`.
 """
 
 import argparse
