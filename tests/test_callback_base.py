@@ -197,15 +197,15 @@ def test_a_model_that_is_not_built(make, way):
 class Scale(InStep):
     """Multiplies the weights after each update, without a variable of its own."""
 
-    def __init__(self, by, order=None):
+    def __init__(self, by, turns=None):
         super().__init__()
-        self.by, self.order = by, [] if order is None else order
+        self.by, self.turns = by, [] if turns is None else turns
 
     def before_update(self, optimizer):
-        self.order.append((self.by, "before"))
+        self.turns.append((self.by, "before"))
 
     def after_update(self, optimizer, variables, happened):
-        self.order.append((self.by, "after"))
+        self.turns.append((self.by, "after"))
         assert happened is True
         for variable in variables:
             variable.assign(variable * self.by)

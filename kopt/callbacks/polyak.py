@@ -385,14 +385,17 @@ class PolyakAveraging(InStep):
             which: "averaged", or "raw" for those that the training goes on from.
         """
         which = checks.one_of("averaged", "raw")("which", which)
-        if not self.updates_:
-            when = f"; it begins at epoch {self.start_epoch}" if self.start_epoch else ""
-            raise RuntimeError(f"{self.name} has averaged nothing yet{when}")
+        self._check_any()
         if which == "averaged":
             means = [mean for averaging in self._now() for mean in averaging.means()]
             return self._showing.holding(self._averaged(), means, self._counts())
         raw = self._raw or self._showing.own  # what the model has by itself, if it has anything else
         return self._showing.holding(self._averaged(), raw) if raw else contextlib.nullcontext()
+
+    def _check_any(self) -> None:
+        if not self.updates_:
+            when = f"; it begins at epoch {self.start_epoch}" if self.start_epoch else ""
+            raise RuntimeError(f"{self.name} has averaged nothing yet{when}")
 
     def _average_if_any(self):
         return self.applied() if self.updates_ else contextlib.nullcontext()
@@ -423,7 +426,8 @@ class PolyakAveraging(InStep):
         checks.optional(checks.share)("tail", tail)
         if not self.segment_every_epochs:
             checks.refuse("segment_every_epochs", "given to the callback before `fit`", None)
-        segments = self._segments()
+        self._check_any()
+        segments = [Segments(of_one) for of_one in zip(*self.segments_, self._stretches(), strict=True)]
         if select is not None:
             judged = check_batches("select", select, True)
             longest = max(segments, key=lambda one: one.total)
@@ -432,12 +436,6 @@ class PolyakAveraging(InStep):
             given = {name: value for name, value in best.items() if name != "loss"}
         with self._holding_mean(segments, given):
             return weights.copy_of(self._trained)
-
-    def _segments(self) -> list[Segments]:
-        """Those of each optimizer."""
-        with self.applied("raw"):  # refuses where there is nothing
-            stretches = [*self.segments_, self._stretches()]
-        return [Segments(of_one) for of_one in zip(*stretches, strict=True)]
 
     def _holding_mean(self, segments, arguments):
         means = [
@@ -453,7 +451,7 @@ class PolyakAveraging(InStep):
 
     def on_test_begin(self, logs=None):
         super().on_test_begin(logs)
-        if self._undo is None:  # `fit` puts the average in around its validation
+        if not _keras.fits_of(self._model):  # `fit` puts the average in around its own validation
             self._show()
 
     def on_test_end(self, logs=None):
