@@ -142,6 +142,7 @@ def check_batches(name, data, with_targets=False):
     """Refuse what cannot be read again and again, or has no targets if these are wanted; the data, if it is fit."""
     allowed = "(x, y)" if with_targets else "arrays, (x, y)"
     allowed += ", or batches that can be read again: a Dataset, a PyDataset, a DataLoader"
+    given = data
     if with_targets and isinstance(data, list):
         data = tuple(data)  # as for `fit`
     if _has_rows(data) and with_targets and not (isinstance(data, tuple) and len(data) in (2, 3)):
@@ -159,7 +160,7 @@ def check_batches(name, data, with_targets=False):
         known = (str, bytes, dict, list, tuple, set, frozenset, type, keras.layers.Layer)
         is_fit = not isinstance(data, known) and not hasattr(data, "shape") and hasattr(data, "__iter__")
         is_fit = is_fit and iter(data) is not data  # a generator can be read once
-    return data if is_fit else checks.refuse(name, allowed, data)
+    return data if is_fit else checks.refuse(name, allowed, given)
 
 
 def batches(data, batch_size):

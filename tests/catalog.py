@@ -679,7 +679,7 @@ KINDS = {
         "window_epochs": "epochs?",
         "update_bn": "batches?",
         "validate": "averaged|raw",  # "both" wants `validation_data`
-        "validation_data": "batches?",
+        "validation_data": "batches with targets?",
         "on_train_end": "averaged|raw",
         "segment_every_epochs": "count 1?",
         "name": "text?",

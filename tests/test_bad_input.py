@@ -121,6 +121,7 @@ LEGAL = {
     "exact": lambda v: isinstance(v, str) and v == "exact",
     "path": lambda v: isinstance(v, str) and v != "",
     "data": lambda v: isinstance(v, keras.utils.PyDataset),
+    "batches with targets": lambda v: False,  # none of these is
     "batches": lambda v: (isinstance(v, np.ndarray) or ops.is_tensor(v)) and len(v.shape) > 0,
 }
 
