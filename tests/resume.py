@@ -340,9 +340,19 @@ def train(name, directory, kill=None, say=None, epochs=EPOCHS, theirs=False) -> 
         "optimizer": map(keras.ops.convert_to_numpy, model.optimizer.variables),
         "history": [history.epoch, *(history.history[key] for key in sorted(history.history))],
         "callbacks": [getattr(callback, name, None) for callback in callbacks for name in CALLBACK_STATE],
+        "averages": [array for callback in callbacks for array in averaged(callback, model)],
         "random": [np.random.random(3), random.random(), keras.ops.convert_to_numpy(keras.random.normal((3,)))],
     }
     return {part: digest(values) for part, values in results.items()}
+
+
+def averaged(callback, model):
+    """The count of an average of the weights, the average, and what the training goes on from."""
+    if isinstance(callback, kopt.callbacks.PolyakAveraging):
+        yield callback.updates_
+        for which in ("averaged", "raw"):
+            with callback.applied(which):
+                yield from [np.array(keras.ops.convert_to_numpy(one)) for one in model.variables]
 
 
 def digest(values) -> str:

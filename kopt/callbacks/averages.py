@@ -149,8 +149,7 @@ class Averaging:
 
     def stretch(self) -> dict:
         """The mean of the open segment, and how many updates it stands for."""
-        state = self.segment.state()
-        return {"updates": state["count"] * self.every, "means": state["means"]}
+        return _stretch(self.segment.state(), self.every)
 
 
 class Averaged:
@@ -167,7 +166,11 @@ class Averaged:
         return self.found
 
     def stretch(self) -> dict:
-        return {"updates": self.kept["segment"]["count"] * self.every, "means": self.kept["segment"]["means"]}
+        return _stretch(self.kept["segment"], self.every)
+
+
+def _stretch(state, every) -> dict:
+    return {"updates": state["count"] * every, "means": state["means"]}
 
 
 def is_averaged(variable) -> bool:

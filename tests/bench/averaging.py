@@ -17,21 +17,9 @@ import keras
 import numpy as np
 
 import kopt
+from tests.bench import epochs as bench
 
-BATCH = 32
 SIZES = {"20 layers of 64": (20, 64), "4 layers of 512": (4, 512)}
-
-
-class Times(keras.callbacks.Callback):
-    def __init__(self):
-        super().__init__()
-        self.seconds = []
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.start = time.perf_counter()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.seconds.append(time.perf_counter() - self.start)
 
 
 class ByHand(keras.callbacks.Callback):
@@ -56,26 +44,12 @@ ARMS = {  # name -> arguments of the optimizer, and callbacks
 }
 
 
-def epochs_of(cls, depth, width, steps, epochs, make) -> list[float]:
-    """Milliseconds of a step in each epoch but the first."""
-    keras.utils.set_random_seed(0)
-    arguments, callbacks = make()
-    layers = [keras.layers.Dense(width, activation="relu") for _ in range(depth)]
-    model = keras.Sequential([keras.Input((width,)), *layers, keras.layers.Dense(1)])
-    model.compile(cls(1e-3, **arguments), loss="mse")
-    x, times = np.random.default_rng(0).normal(size=(steps * BATCH, width)).astype("float32"), Times()
-    model.fit(x, x[:, :1], batch_size=BATCH, epochs=epochs + 1, shuffle=False, verbose=0, callbacks=[*callbacks, times])
-    return [1e3 * seconds / steps for seconds in times.seconds[1:]]
-
-
 def applies(cls, depth, width, rounds, calls=50) -> dict[str, float]:
     """Milliseconds of the optimizer's `apply` alone, without a graph, in each arm: the median of blocks of calls."""
     prepared = {}
     for arm in ("none", "none again", "use_ema", "PolyakAveraging"):
         arguments, callbacks = ARMS[arm]()
-        layers = [keras.layers.Dense(width, activation="relu") for _ in range(depth)]
-        model = keras.Sequential([keras.Input((width,)), *layers, keras.layers.Dense(1)])
-        model.compile(cls(1e-3, **arguments), loss="mse")
+        model = bench.network(cls(1e-3, **arguments), depth, width)
         listed = keras.callbacks.CallbackList(callbacks, model=model)
         listed.on_train_begin()
         model.make_train_function()
@@ -113,7 +87,9 @@ def main():
             found = {arm: [] for arm in ARMS}
             for _ in range(rounds):
                 for arm, make in ARMS.items():
-                    found[arm] += epochs_of(cls, *SIZES[size], steps, epochs, make)
+                    arguments, callbacks = make()
+                    optimizer = cls(1e-3, **arguments)
+                    found[arm] += bench.milliseconds(optimizer, callbacks, *SIZES[size], steps, epochs)
             middle = {arm: float(np.median(values)) for arm, values in found.items()}
             low, high = np.percentile(found["none"], [25, 75]) / middle["none"]
             print(f"\n{whose}.Adam, {size}: none {middle['none']:.3f}, quartiles {low:.2f}-{high:.2f}")

@@ -7,7 +7,6 @@ itself: a schedule costs nothing that can be seen if it lies inside that.
 import argparse
 import os
 import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -17,21 +16,9 @@ import keras
 import numpy as np
 
 import kopt
+from tests.bench import epochs as bench
 
-BATCH = 32
 WIDTHS = {"small": 32, "middle": 512}
-
-
-class Times(keras.callbacks.Callback):
-    def __init__(self):
-        super().__init__()
-        self.seconds = []
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.start = time.perf_counter()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.seconds.append(time.perf_counter() - self.start)
 
 
 def stock(steps):
@@ -58,18 +45,6 @@ class Assign(keras.callbacks.Callback):
         self.model.optimizer.learning_rate = 1e-3 / (1 + 1e-3 * batch)
 
 
-def epochs_of(cls, width, steps, epochs, make) -> list[float]:
-    """Milliseconds of a step in each epoch but the first."""
-    keras.utils.set_random_seed(0)
-    rate, callbacks = make()
-    layers = [keras.layers.Dense(width, activation="relu") for _ in range(4)]
-    model = keras.Sequential([keras.Input((width,)), *layers, keras.layers.Dense(1)])
-    model.compile(cls(rate), loss="mse")
-    x, times = np.random.default_rng(0).normal(size=(steps * BATCH, width)).astype("float32"), Times()
-    model.fit(x, x[:, :1], batch_size=BATCH, epochs=epochs + 1, shuffle=False, verbose=0, callbacks=[*callbacks, times])
-    return [1e3 * seconds / steps for seconds in times.seconds[1:]]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="few steps")
@@ -82,7 +57,8 @@ def main():
             found = {arm: [] for arm in arms(steps * (epochs + 1))}
             for _ in range(rounds):
                 for arm, make in arms(steps * (epochs + 1)).items():
-                    found[arm] += epochs_of(cls, width, steps, epochs, make)
+                    rate, callbacks = make()
+                    found[arm] += bench.milliseconds(cls(rate), callbacks, 4, width, steps, epochs)
             middle = {arm: float(np.median(values)) for arm, values in found.items()}
             low, high = np.percentile(found["none"], [25, 75]) / middle["none"]
             whose = cls.__module__.split(".")[0]
