@@ -1,9 +1,7 @@
 """Which weights the model has when, with Polyak averaging: in validation, in files, at the end, in the next `fit`."""
 
 import contextlib
-import copy
 import functools
-import pickle
 
 import keras
 import numpy as np
@@ -224,38 +222,6 @@ def test_fits_in_a_row_are_one(at_end, make):
             assert equal(parts.trainable_variables, whole.trainable_variables)
 
 
-def test_two_averages_of_one_training():
-    """The one that is left in the model does not come into the other's raw weights, nor into the next `fit`."""
-    for order in (1, -1):
-        whole, parts = made(), made()
-        for model, fits in ((whole, [(0, 4)]), (parts, [(0, 1), (1, 4)])):
-            one = Polyak(momentum=0.8, validate="raw")
-            other = Polyak(kind="uniform", on_train_end="raw", name="uniform")
-            for first, last in fits:
-                fit(model, *[one, other][::order], initial_epoch=first, epochs=last)
-            assert one.updates_ == other.updates_ == 12
-        assert equal(whole.trainable_variables, parts.trainable_variables)
-        with one.applied("raw"):
-            raw = numpy(parts.trainable_variables)
-        with other.applied("raw"):
-            assert equal(parts.trainable_variables, raw)
-        assert equal(raw_run(epochs=4)[0][-1], raw)
-        assert_gone(parts)
-        assert not [v.path for v in parts.optimizer.variables if v.path.endswith(("average", "segment", "seen"))]
-
-
-@pytest.mark.parametrize("name", ["validate", "on_train_end"])
-def test_only_one_can_be_what_the_model_shows(name):
-    both = {"validate": "both", "validation_data": (X, Y), "on_train_end": "raw"}
-    with pytest.raises(ValueError, match="^`validate` must be 'both' in one of several PolyakAveraging at most"):
-        fit(made(), Polyak(**both), Polyak(**both))
-    one, other = Polyak(validate="raw", on_train_end="raw"), Polyak(validate="raw", on_train_end="raw")
-    for callback in (one, other):
-        setattr(callback, {"on_train_end": "at_end"}.get(name, name), "averaged")
-    with pytest.raises(ValueError, match=f"^`{name}` must be 'averaged' in one of several PolyakAveraging at most"):
-        fit(made(), one, other)
-
-
 @pytest.mark.parametrize("change", ["weights", "frozen", "another model", "another fit"])
 def test_it_begins_anew_where_something_was_changed(change):
     model, callback = made(), Polyak(momentum=0.8)
@@ -280,99 +246,6 @@ def test_it_begins_anew_where_something_was_changed(change):
     assert alike(before, start)
     assert callback.updates_ == 3
     assert len(callback._averaged()) == len(model.trainable_variables)
-
-
-def best(**more):
-    return keras.callbacks.EarlyStopping(**{"patience": 1, "restore_best_weights": True} | more)
-
-
-class Worse(keras.callbacks.Callback):
-    """Makes the second epoch the best one, by its word."""
-
-    def on_epoch_end(self, epoch, logs=None):
-        logs["val_loss"] = logs["loss"] = abs(epoch - 1)
-        if "val_averaged_loss" in logs:
-            logs["val_averaged_loss"] = logs["loss"]
-
-
-@pytest.mark.parametrize("at_end", ["averaged", "raw"])
-@pytest.mark.parametrize("validate", ["averaged", "raw", "both"])
-def test_early_stopping_restores_what_the_end_promises(validate, at_end):
-    """With Keras's averages the model ends with the raw weights of the best epoch."""
-    more = {"validation_data": (X, Y)} if validate == "both" else {}
-    stop = best(monitor="val_averaged_loss" if validate == "both" else "val_loss")
-    model, callback = made(), Polyak(momentum=0.8, validate=validate, on_train_end=at_end, **more)
-    history = fit(model, callback, Worse(), stop, epochs=9)
-    assert len(history["loss"]) == 3
-    assert stop.best_epoch == 1
-    assert equal(model.trainable_variables, averages()[1] if at_end == "averaged" else raw_run()[0][1])
-    assert "on_epoch_end" not in vars(stop)
-
-
-def test_stopped_early_it_still_ends_with_the_average():
-    """Keras's callback finishes only in the last epoch that was asked for."""
-    model = made()
-    stop = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", epoch == 1))
-    fit(model, Polyak(momentum=0.8), stop, epochs=9)
-    assert equal(model.trainable_variables, averages()[1])
-
-
-@pytest.mark.parametrize("order", ["stop", "save", "plateau"])
-def test_a_wrong_order_is_refused(order):
-    before = {
-        "stop": best(),
-        "save": keras.callbacks.ModelCheckpoint("never.keras"),
-        "plateau": keras.callbacks.ReduceLROnPlateau("val_averaged_loss"),
-    }[order]
-    more = {"validate": "both", "validation_data": (X, Y)} if order == "plateau" else {}
-    model = made()
-    name = type(before).__name__
-    with pytest.raises(ValueError, match=rf"^`callbacks` must be a list with PolyakAveraging before .*\({name}\)"):
-        fit(model, before, Polyak(**more))
-    assert_gone(model)
-    assert not model.optimizer.built or model.optimizer.iterations == 0
-    fit(model, keras.callbacks.ReduceLROnPlateau("loss"), best(restore_best_weights=False), Polyak(), epochs=1)
-
-
-@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
-def test_checkpoints_hold_the_weights_that_were_judged(suffix, tmp_path):
-    save = lambda name, **more: keras.callbacks.ModelCheckpoint(  # noqa: E731
-        tmp_path / f"{name}_{{epoch}}{suffix}", save_weights_only="weights" in suffix, **more
-    )
-    model = made()
-    fit(model, Polyak(momentum=0.8), save("val"), save("loss", monitor="loss"), save("batch", save_freq=3))
-    raw, mean = raw_run()[0], averages()
-    for epoch in range(3):
-        for name, expected in (("val", mean), ("loss", raw), ("batch", mean)):
-            loaded = made()
-            path = tmp_path / f"{name}_{epoch + 1}{suffix}"
-            if suffix == ".keras":
-                loaded = keras.models.load_model(path)
-                assert loaded.optimizer.iterations == 3 * (epoch + 1)
-            else:
-                loaded.optimizer.build(loaded.trainable_variables)
-                loaded.load_weights(path)
-            assert equal(loaded.trainable_variables, expected[epoch]), (name, epoch)
-
-
-def test_a_callback_of_ones_own_sees_the_raw_weights_unless_it_asks():
-    raw, mean, seen = raw_run()[0], averages(), []
-    model, callback = made(), Polyak(momentum=0.8)
-
-    def look(epoch, logs):
-        seen.append(numpy(model.trainable_variables))
-        with callback.applied():
-            seen.append(numpy(model.trainable_variables))
-            twin = callback.averaged_model()
-        seen.append(numpy(twin.trainable_variables))
-        seen.append(model.evaluate(X, Y, verbose=0))
-
-    fit(model, callback, keras.callbacks.LambdaCallback(on_epoch_end=look), epochs=2)
-    assert alike(seen[4], raw[1])
-    assert alike(seen[5], mean[1])
-    assert alike(seen[6], mean[1])
-    np.testing.assert_allclose(seen[7], loss(raw[1]), rtol=1e-5)
-    assert equal(model.trainable_variables, mean[1])
 
 
 def test_after_an_interrupt_the_average_is_there():
@@ -473,87 +346,6 @@ def test_after_an_interrupt_it_says_that_it_begins_anew():
     assert callback.updates_ == 3
 
 
-def test_the_copy_is_a_plain_model(tmp_path):
-    model, callback = made(metrics=["mae"]), Polyak(momentum=0.8, on_train_end="raw")
-    fit(model, callback)
-    twin = callback.averaged_model()
-    assert type(twin) is type(model)
-    assert equal(twin.trainable_variables, averages()[2])
-    with callback.applied():
-        assert twin.evaluate(X, Y, verbose=0) == model.evaluate(X, Y, verbose=0)
-    twin.save(tmp_path / "averaged.keras")
-    loaded = keras.models.load_model(tmp_path / "averaged.keras")
-    assert np.array_equal(loaded.predict(X, verbose=0), twin.predict(X, verbose=0))
-    kept = numpy(model.trainable_variables)
-    fit(twin)
-    assert equal(model.trainable_variables, kept)
-
-
-class Own(keras.Model):
-    """A model of one's own, with a layer of one's own and a loss that no config can name."""
-
-    def __init__(self, units=3, **arguments):
-        super().__init__(**arguments)
-        self.units = units
-        self.body = keras.layers.Dense(units, name="body")
-        self.head = keras.layers.Dense(2, name="head")
-
-    def call(self, x):
-        return self.head(self.body(x))
-
-    def get_config(self):
-        return super().get_config() | {"units": self.units}
-
-
-class Nameless(Own):
-    def __init__(self, function, **arguments):
-        super().__init__(**arguments)
-        self.function = function
-
-    get_config = keras.Model.get_config
-
-
-def test_copies_have_what_layers_make_of_their_state():
-    words = keras.layers.Normalization()
-    words.adapt(X * 5 + 100)
-    frozen = keras.layers.Dense(3, trainable=False)
-    double = keras.layers.Lambda(lambda x: x * 2)
-    model = keras.Sequential([keras.Input((4,)), words, frozen, double, keras.layers.Dense(2)])
-    own = keras.metrics.MeanMetricWrapper(lambda y, found: keras.ops.square(y - found), name="own")
-    model.compile("sgd", loss="mse", metrics=[own])
-    callback = Polyak(momentum=0.8)
-    model.fit(X * 5 + 100, Y, verbose=0, callbacks=[callback])
-    twin = callback.averaged_model()
-    assert np.array_equal(twin.predict(X, verbose=0), model.predict(X, verbose=0))
-    assert len(twin.trainable_variables) == len(model.trainable_variables) == 2
-    assert twin.evaluate(X, Y, verbose=0) == model.evaluate(X, Y, verbose=0)
-
-
-def test_copies_of_models_of_ones_own():
-    for make, error in ((lambda: Own(4), None), (lambda: Nameless(len), "cannot be made from its config")):
-        model, callback = make(), Polyak(momentum=0.8)
-        model.compile("adam", loss=lambda y, found: keras.ops.mean(keras.ops.square(y - found), axis=-1))
-        fit(model, callback, epochs=1)
-        if error:
-            with pytest.raises(ValueError, match=error):
-                callback.averaged_model()
-        else:
-            twin = callback.averaged_model()
-            assert equal(twin.weights, model.weights)
-            assert twin.evaluate(X, Y, verbose=0) == model.evaluate(X, Y, verbose=0)
-
-
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
-def test_copies_begin_anew_and_share_the_data(clone):
-    callback = Polyak(momentum=0.8, validate="both", validation_data=(X, Y), update_bn=X)
-    model = made()
-    fit(model, callback, AtEpoch(1, lambda _: clone(callback)))
-    twin = clone(callback)
-    assert twin.updates_ == 0
-    assert (twin.update_bn is X) == (clone is copy.deepcopy)
-    assert fit(made(), twin) == fit(made(), Polyak(momentum=0.8, validate="both", validation_data=(X, Y)))
-
-
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -589,12 +381,6 @@ def test_a_window_in_epochs_wants_to_know_how_long_they_are():
     with pytest.raises(ValueError, match="^`window_epochs` must be None where the data do not say"):
         made().fit(Unknown(), verbose=0, shuffle=False, callbacks=[Polyak(window_epochs=2)])
     made().fit(Unknown(), verbose=0, shuffle=False, steps_per_epoch=2, callbacks=[Polyak(window_epochs=2)])
-
-
-def test_no_hook_of_a_batch_is_overridden():
-    """Any would make Keras wait for each batch on JAX."""
-    for hook in ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_batch_end"):
-        assert getattr(Polyak, hook) is getattr(keras.callbacks.Callback, hook)
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras has one step an execution there")
