@@ -1,5 +1,7 @@
 """One process is one backend (KERAS_BACKEND) and one precision (KOPT_FLOATX=float64, or float32 if not set)."""
 
+import gc
+import itertools
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -31,6 +33,16 @@ def fresh():
     """The same seed and the same layer names for every test."""
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
+
+
+ENDED = itertools.count(1)
+
+
+def pytest_runtest_teardown(item):
+    """Let go of traced functions, which lie in cycles, while they are few: thousands at once take a minute."""
+    if next(ENDED) % 10 == 0:
+        gc.collect()
+        gc.freeze()  # what is left now stays, most of it modules
 
 
 def pytest_terminal_summary(terminalreporter):

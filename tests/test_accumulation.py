@@ -16,7 +16,7 @@ from tests.training import (
     equal,
     every_class,
     every_mode,
-    every_row,
+    every_row_in_every_mode,
     fit,
     near,
     network,
@@ -28,8 +28,7 @@ from tests.training import (
 )
 
 
-@every_row
-@every_mode
+@every_row_in_every_mode
 def test_accumulating_over_k_steps_equals_one_step_with_their_mean(row, mode):
     ours, theirs = two(), two()
     accumulating, plain = row.make(gradient_accumulation_steps=3), row.make()

@@ -17,7 +17,7 @@ from kopt.callbacks.base import Callback, InStep
 from kopt.callbacks.install import settle
 from tests.conftest import BACKEND, FLOATX
 from tests.test_distribution import TENSORFLOW, dense, many_devices
-from tests.training import AtEpoch, X, Y, equal, fit, near, network, numpy
+from tests.training import AtEpoch, X, Y, equal, fit, in_turn, near, network, numpy
 
 Multi, Map, Scaled = keras.optimizers.MultiOptimizer, keras.optimizers.OptimizerMap, keras.optimizers.LossScaleOptimizer
 
@@ -130,16 +130,7 @@ every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIM
 WAYS = [{"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}, {"steps_per_execution": 3}]
 if BACKEND == "torch":
     WAYS = [{}]
-every_way = pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=pytest.mark.slow if way.get("jit_compile") else (), id=str(way)) for way in WAYS]
-)
-
-
-EVERY = [  # each optimizer goes one way at least; the others are slow
-    pytest.param(make, way, marks=() if (i + k) % len(WAYS) == 0 else pytest.mark.slow, id=f"{name}-{way}")
-    for i, (name, make) in enumerate(OPTIMIZERS.items())
-    for k, way in enumerate(WAYS)
-]
+EVERY = in_turn(OPTIMIZERS, {str(way): way for way in WAYS})
 
 
 @pytest.mark.parametrize(("make", "way"), EVERY)
@@ -173,8 +164,10 @@ def test_distributed_on_jax():
         near_means(observed(dense(keras.optimizers.Adam(0.1))), means, count)
 
 
-@pytest.mark.parametrize("make", [OPTIMIZERS["stock"], OPTIMIZERS["kopt"], multi])
-@every_way
+UNBUILT = {"stock": OPTIMIZERS["stock"], "kopt": OPTIMIZERS["kopt"], "multi": multi}
+
+
+@pytest.mark.parametrize(("make", "way"), in_turn(UNBUILT, {str(way): way for way in WAYS}))
 def test_a_model_that_is_not_built(make, way):
     def lazy(**way):
         model = keras.Sequential([keras.layers.Dense(3, name="body"), keras.layers.Dense(2, name="head")])
@@ -393,10 +386,11 @@ def test_copies_have_neither_the_model_nor_what_runs(clone):
 
 CHILD = """
 import sys, keras, numpy as np
-path, out, floatx = sys.argv[1:]
+folder, floatx = sys.argv[1:]
 keras.config.set_floatx(floatx)
-model = keras.models.load_model(path)
-np.savez(out, *[keras.ops.convert_to_numpy(v) for v in model.optimizer.variables])
+for name in ("mid", "end"):
+    model = keras.models.load_model(f"{folder}/{name}.keras")
+    np.savez(f"{folder}/{name}", *[keras.ops.convert_to_numpy(v) for v in model.optimizer.variables])
 assert "kopt" not in sys.modules
 """
 
@@ -416,12 +410,10 @@ def test_files_load_where_kopt_is_not_known(make, tmp_path):
     fit_with(model, Mean(), save, AtEpoch(1, lambda m: states.append(numpy(m.optimizer.variables))), epochs=2)
     fit_with(network(make()), AtEpoch(1, lambda m: states.append(numpy(m.optimizer.variables))), epochs=2)
     model.save(tmp_path / "end.keras")
+    command = [sys.executable, "-W", "error::UserWarning", "-c", CHILD, tmp_path, FLOATX]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "KERAS_BACKEND": BACKEND})
+    assert done.returncode == 0, done.stderr
     for name in ("mid", "end"):
-        arguments = tmp_path / f"{name}.keras", tmp_path / name, FLOATX
-        command = [sys.executable, "-W", "error::UserWarning", "-c", CHILD, *arguments]
-        env = {**os.environ, "KERAS_BACKEND": BACKEND}
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
-        assert done.returncode == 0, done.stderr
         assert equal(np.load(tmp_path / f"{name}.npz").values(), model.optimizer.variables)
 
 

@@ -8,7 +8,7 @@ from keras import ops
 import kopt
 from kopt.optimizers import execution
 from tests.conftest import BACKEND
-from tests.training import START, STREAM, AtEpoch, X, Y, equal, every_row, network, numpy, run
+from tests.training import START, STREAM, AtEpoch, X, Y, equal, every_row, every_row_in, network, numpy, run
 
 COMPILED = {  # the ways in which fit runs a step, and which of them trace it
     "tensorflow": [{"jit_compile": True}, {"jit_compile": False}, {"run_eagerly": True}],
@@ -17,8 +17,7 @@ COMPILED = {  # the ways in which fit runs a step, and which of them trace it
 }[BACKEND]
 
 
-@every_row
-@pytest.mark.parametrize("compiled", COMPILED, ids=str)
+@every_row_in("compiled", COMPILED)
 def test_numbers_change_in_mid_fit_without_a_new_trace(row, compiled, monkeypatch):
     traced, plain = [], execution.plain
     monkeypatch.setattr(execution, "plain", lambda *a: traced.append(1) or plain(*a))

@@ -17,7 +17,7 @@ from tests.training import (
     every_class,
     every_clip,
     every_mode,
-    every_row,
+    every_row_in_every_mode,
     numpy,
     run,
     train,
@@ -35,8 +35,7 @@ def clipped(clip, gradients):
     return [g * min(1, limit / (norm or 1)) for g, norm in zip(gradients, norms, strict=True)]
 
 
-@every_row
-@every_mode
+@every_row_in_every_mode
 def test_clipping(row, mode):
     stream = [*PAIRS[:3], [g * 1e-3 for g in PAIRS[3]]]
     for clip in CLIPS:

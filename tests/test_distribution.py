@@ -9,7 +9,22 @@ from keras import ops
 
 import kopt
 from tests.conftest import BACKEND
-from tests.training import PAIRS, START, STREAM, X, Y, equal, every_class, every_row, near, network, numpy, train, two
+from tests.training import (
+    PAIRS,
+    START,
+    STREAM,
+    X,
+    Y,
+    equal,
+    every_class,
+    every_row,
+    every_row_in,
+    near,
+    network,
+    numpy,
+    train,
+    two,
+)
 
 CONDITIONS = {
     "plain": {},
@@ -62,8 +77,7 @@ def distributed(strategy, gradient):
 
 
 @TENSORFLOW
-@every_row
-@pytest.mark.parametrize("mode", ["eager", "graph"])
+@every_row_in("mode", ["eager", "graph"])
 def test_replicas_equal_one_device(row, mode):
     import tensorflow as tf
 
@@ -146,7 +160,9 @@ ROWS = np.random.default_rng(3).integers(0, 10, size=(24, 3))
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras distributes nothing on torch")
 @every_class
-@pytest.mark.parametrize(("make", "x"), [(dense, X), (embedding, ROWS)], ids=["dense", "rows"])
+@pytest.mark.parametrize(
+    ("make", "x"), [(dense, X), pytest.param(embedding, ROWS, marks=pytest.mark.slow)], ids=["dense", "rows"]
+)
 def test_fit_on_many_devices_equals_fit_on_one(row, make, x):
     more = {"global_clipnorm": 0.1, "gradient_accumulation_steps": 2, "nonfinite": "skip", "use_ema": True}
     one = make(row.make(**more))

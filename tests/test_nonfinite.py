@@ -17,7 +17,7 @@ from tests.training import (
     equal,
     every_class,
     every_mode,
-    every_row,
+    every_row_in_every_mode,
     fit,
     network,
     numpy,
@@ -49,8 +49,7 @@ def left_no_trace(row, mode, stream, **more):
     return optimizer
 
 
-@every_row
-@every_mode
+@every_row_in_every_mode
 def test_a_skipped_step_is_as_if_it_had_not_been(row, mode):
     more = {"nonfinite": "skip", "use_ema": True, "ema_overwrite_frequency": 2, "track_gradient_norm": True}
     optimizer = left_no_trace(row, mode, with_bad(row, PAIRS), **more)
@@ -58,8 +57,7 @@ def test_a_skipped_step_is_as_if_it_had_not_been(row, mode):
     assert int(optimizer.iterations) == len(PAIRS)
 
 
-@every_row
-@every_mode
+@every_row_in_every_mode
 def test_a_bad_gradient_drops_its_window_of_accumulation(row, mode):
     stream = [*PAIRS[:2], spoilt(PAIRS[0], np.inf, 1), PAIRS[1], *PAIRS[2:]]
     optimizer = left_no_trace(row, mode, stream, nonfinite="skip", gradient_accumulation_steps=2)
@@ -69,7 +67,7 @@ def test_a_bad_gradient_drops_its_window_of_accumulation(row, mode):
 
 @every_class
 @every_mode
-@pytest.mark.parametrize("steps", [None, 2], ids=["", "accumulating"])
+@pytest.mark.parametrize("steps", [None, pytest.param(2, marks=pytest.mark.slow)], ids=["", "accumulating"])
 def test_a_bad_gradient_is_raised_and_stops_what_is_compiled(row, mode, steps):
     ours, theirs, size = two(), two(), steps or 1
     more = {"nonfinite": "raise", "gradient_accumulation_steps": steps}

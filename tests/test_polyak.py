@@ -1,5 +1,7 @@
 """Polyak averaging in the compiled step: the mean is that of the weights after each update."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -8,9 +10,9 @@ from keras import ops
 import kopt
 from tests import oracles
 from tests.conftest import BACKEND
-from tests.test_callback_base import EVERY, OPTIMIZERS, WAYS, Weights, assert_gone, every_way, multi, place
+from tests.test_callback_base import EVERY, OPTIMIZERS, UNBUILT, WAYS, Weights, assert_gone, multi, place
 from tests.test_distribution import TENSORFLOW, dense, many_devices
-from tests.training import X, Y, near, network, numpy
+from tests.training import X, Y, in_turn, near, network, numpy
 
 Polyak = kopt.callbacks.PolyakAveraging
 
@@ -20,12 +22,23 @@ def fitted(model, callback, *others, x=X, epochs=3, **more):
     return model.fit(x, Y, callbacks=[callback, *others], **arguments)
 
 
-def true_average(model, x=X, skip=0, epochs=3, **arguments):
-    """The average of the weights as Python sees them after each update, but for the first ones."""
+def watched(model, x=X, epochs=3):
+    """The weights as Python sees them after each update."""
     watch = Weights()
     model.fit(x, Y, batch_size=4, epochs=epochs, shuffle=False, verbose=0, callbacks=[watch])
-    assert len(watch.updates) > skip
-    series = {path: [weights[path] for weights in watch.updates[skip:]] for path in watch.updates[0]}
+    return watch.updates
+
+
+@functools.cache
+def watched_adam():
+    keras.utils.set_random_seed(0)
+    return watched(network(keras.optimizers.Adam(0.1), **WAYS[0]))
+
+
+def average_of(updates, skip=0, **arguments):
+    """The average of the weights after each update but the first ones."""
+    assert len(updates) > skip
+    series = {path: [weights[path] for weights in updates[skip:]] for path in updates[0]}
     return {path: oracles.polyak(values, **arguments) for path, values in series.items()}
 
 
@@ -69,8 +82,7 @@ FORMS = {  # arguments -> those of the oracle, and how many updates are left out
 
 @pytest.mark.parametrize(("arguments", "oracle"), FORMS.values(), ids=FORMS)
 def test_each_form_is_the_oracles(arguments, oracle):
-    keras.utils.set_random_seed(0)
-    expected = true_average(network(keras.optimizers.Adam(0.1), **WAYS[0]), **oracle)
+    expected = average_of(watched_adam(), **oracle)
     keras.utils.set_random_seed(0)
     model, callback = network(keras.optimizers.Adam(0.1)), Polyak(**arguments)
     fitted(model, callback)
@@ -110,7 +122,7 @@ def test_every_optimizer_in_one_of_the_ways(make, way):
 ])  # fmt: skip
 def test_under_a_strategy(make):
     arguments = {"momentum": 0.8, "update_every_steps": 2}
-    expected = true_average(dense(make()), momentum=0.8, every=2)
+    expected = average_of(watched(dense(make())), momentum=0.8, every=2)
     with many_devices():
         model = dense(make())
     callback = Polyak(**arguments)
@@ -122,15 +134,14 @@ def test_under_a_strategy(make):
 
 @pytest.mark.skipif(BACKEND != "jax", reason="Keras distributes so on JAX")
 def test_distributed_on_jax():
-    expected = true_average(dense(keras.optimizers.Adam(0.1)), momentum=0.8)
+    expected = average_of(watched(dense(keras.optimizers.Adam(0.1))), momentum=0.8)
     with many_devices():
         model, callback = dense(keras.optimizers.Adam(0.1)), Polyak(momentum=0.8)
         fitted(model, callback, validation_data=(X, Y))
         near_average(model, callback, expected, 1e-5)
 
 
-@pytest.mark.parametrize("make", [OPTIMIZERS["stock"], OPTIMIZERS["kopt"], multi])
-@every_way
+@pytest.mark.parametrize(("make", "way"), in_turn(UNBUILT, {str(way): way for way in WAYS}))
 def test_a_model_that_is_not_built(make, way):
     def lazy(**way):
         keras.utils.set_random_seed(0)
@@ -138,7 +149,7 @@ def test_a_model_that_is_not_built(make, way):
         model.compile(make(), loss="mse", **way)
         return model
 
-    expected = true_average(lazy(**WAYS[0]), momentum=0.9, skip=6)
+    expected = average_of(watched(lazy(**WAYS[0])), momentum=0.9, skip=6)
     model, callback = lazy(**way), Polyak(momentum=0.9, start_epoch=1)
     fitted(model, callback)
     near_average(model, callback, expected, 1e-5)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import BACKEND, FLOATX
-from tests.resume import EIGHT, SCENARIOS
+from tests.resume import SCENARIOS
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="the trainings are forked"),
@@ -68,7 +68,7 @@ def was_killed(answer):
     return answer["status"] == 9
 
 
-FAST = EIGHT if BACKEND == "tensorflow" else ("shuffled", "steps")
+FAST = "shuffled", "steps", "polyak"
 
 
 @pytest.mark.parametrize("scenario", [

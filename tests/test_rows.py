@@ -9,9 +9,9 @@ from keras import ops
 
 import kopt
 from kopt.optimizers import execution
-from tests.catalog import CLASSES, OPTIMIZERS
+from tests.catalog import OPTIMIZERS
 from tests.conftest import BACKEND
-from tests.training import CLIPS, START, STREAM, equal, every_class, every_row, numpy, train
+from tests.training import CLIPS, START, STREAM, equal, every_class, every_row_in, numpy, train
 
 TENSORFLOW = pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has gradients of chosen rows")
 
@@ -27,13 +27,20 @@ ROW_CONDITIONS = [
 ]
 
 
-RUNS = [(row, [{}]) for row in OPTIMIZERS] + [(row, ROW_CONDITIONS) for row in CLASSES]
+@TENSORFLOW
+@every_row_in("mode", ["eager", "graph", "xla"])
+def test_rows_that_repeat_equal_a_dense_gradient(row, mode):
+    equals_a_dense_gradient(row, mode, [{}])
 
 
 @TENSORFLOW
-@pytest.mark.parametrize(("row", "conditions"), RUNS, ids=[f"{row}-{len(conditions)}" for row, conditions in RUNS])
-@pytest.mark.parametrize("jit", [None, False, True], ids=["eager", "graph", "xla"])
-def test_rows_that_repeat_equal_a_dense_gradient(row, conditions, jit):
+@pytest.mark.parametrize("mode", ["graph", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("eager", "xla"))])
+@every_class
+def test_rows_that_repeat_under_conditions(row, mode):
+    equals_a_dense_gradient(row, mode, ROW_CONDITIONS)
+
+
+def equals_a_dense_gradient(row, mode, conditions):
     import tensorflow as tf
 
     for more in conditions:
@@ -46,7 +53,7 @@ def test_rows_that_repeat_equal_a_dense_gradient(row, conditions, jit):
             optimizer.apply([tf.IndexedSlices(values, tf.constant(INDICES), (2, 3))], [variable])
 
         step = functools.partial(step, two, sparse)
-        step = step if jit is None else tf.function(step, jit_compile=jit)
+        step = step if mode == "eager" else tf.function(step, jit_compile=mode == "xla")
         for g in STREAM:
             step(tf.constant([g[0], g[1], g[0] * 2]))
         np.testing.assert_allclose(numpy([sparse])[0], numpy([dense])[0], rtol=1e-5, atol=1e-6, err_msg=str(more))
@@ -142,8 +149,7 @@ def test_exact_rows_touch_no_others(row, mode, width, monkeypatch):
 
 
 @TENSORFLOW
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
-@every_row
+@every_row_in("mode", ["eager", "graph", "xla"])
 def test_lazy_rows_are_updated_as_if_they_were_all(row, mode):
     chosen = [0, 2, 7, 299]
     lazy, alone = table(), keras.Variable(numpy([table()])[0][chosen])

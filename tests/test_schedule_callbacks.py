@@ -15,7 +15,7 @@ import kopt.schedules as ks
 from tests.catalog import BATCHES, EPOCHS, SCHEDULES, STEPS
 from tests.conftest import BACKEND
 from tests.test_distribution import JAX, TENSORFLOW, many_devices
-from tests.training import AtEpoch
+from tests.training import AtEpoch, in_turn
 
 Multi, Map, Scaled = keras.optimizers.MultiOptimizer, keras.optimizers.OptimizerMap, keras.optimizers.LossScaleOptimizer
 RATE = 0.5
@@ -78,17 +78,15 @@ def near(rates, expected, rtol=1e-5):
 
 
 SLOW = pytest.mark.slow  # all of them; otherwise each row goes one way with each optimizer
-SLOW = pytest.mark.slow  # all of them; otherwise each row goes one way with each optimizer
-EVERY = [
-    pytest.param(row, make, way, id=f"{row}-{name}-{way_name}", marks=() if (i + j) % len(WAYS) == k else SLOW)
-    for i, row in enumerate(DRIVEN)
-    for j, (name, make) in enumerate(OPTIMIZERS.items())
-    for k, (way_name, way) in enumerate(WAYS.items())
-]
+EVERY = in_turn(
+    {str(row): row for row in DRIVEN},
+    {f"{name}-{way}": (OPTIMIZERS[name], WAYS[way]) for way in WAYS for name in OPTIMIZERS},
+)
 
 
-@pytest.mark.parametrize(("row", "make", "way"), EVERY)
-def test_the_rates_that_reach_the_weights(row, make, way):
+@pytest.mark.parametrize(("row", "case"), EVERY)
+def test_the_rates_that_reach_the_weights(row, case):
+    make, way = case
     optimizer = make()
     scale = RATE if row.make().is_factor else 1.0
     if row.cls is ks.CyclicalRate:  # its lowest value is the optimizer's own
@@ -102,9 +100,10 @@ def test_the_rates_that_reach_the_weights(row, make, way):
     assert len(model.optimizer.variables) <= 3
 
 
-@pytest.mark.parametrize(("row", "make", "way"), EVERY)
-def test_a_schedule_as_the_learning_rate_itself(row, make, way):
+@pytest.mark.parametrize(("row", "case"), EVERY)
+def test_a_schedule_as_the_learning_rate_itself(row, case):
     """Told by any callback of kopt how long the fit is; one that needs nothing is told nothing."""
+    make, way = case
     optimizer = make()
     schedule = row.by_itself()
     optimizer = type(optimizer)(schedule)
@@ -381,7 +380,12 @@ class Assigned(keras.callbacks.Callback):
         self.step += 1
 
 
-BOTH = [(name, cls, more) for name, (stock, more, ours) in FLOATS.items() for cls in (stock, ours) if cls]
+BOTH = [
+    pytest.param(name, cls, more, marks=pytest.mark.slow if stock and cls is ours else ())
+    for name, (stock, more, ours) in FLOATS.items()
+    for cls in (stock, ours)
+    if cls
+]
 
 
 @pytest.mark.parametrize(("name", "cls", "arguments"), BOTH)
@@ -479,7 +483,7 @@ def test_a_monitor_keeps_other_numbers_and_rates_that_are_computed():
     near(history["weight_decay"], np.full(EPOCHS, 0.1))
 
 
-@pytest.mark.parametrize("row", DRIVEN, ids=str)
+@pytest.mark.parametrize("row", {row.cls: row for row in DRIVEN}.values(), ids=str)
 def test_copies_go_without_the_model(row):
     """KerasTuner copies callbacks, one that has been fitted, too."""
     callback = row.callback(**row.arguments)
@@ -488,7 +492,7 @@ def test_copies_go_without_the_model(row):
         assert twin._drives is None
         assert twin._rates is None
         assert twin.schedule == callback.schedule
-        near(weigh(weighing(kopt.SGD(1.0)), [twin])[0], fitted)
+    near(weigh(weighing(kopt.SGD(1.0)), [copy.deepcopy(twin)])[0], fitted)
 
 
 def size_of_step(optimizer, callbacks, count):

@@ -12,7 +12,7 @@ from keras import ops
 import kopt
 from tests import oracles
 from tests.conftest import BACKEND
-from tests.training import START, STREAM, equal, every_class, every_row, numpy, run
+from tests.training import START, STREAM, equal, every_class, every_row, every_row_in, numpy, run
 
 
 @every_row
@@ -130,11 +130,9 @@ def test_float64_weights_keep_their_precision(row):
     np.testing.assert_allclose(numpy([w])[0], 1 + np.sum(changes, 0), rtol=1e-7)  # the hyperparameters are float32
 
 
-@every_row
-@pytest.mark.parametrize(
-    ("more", "dtype"), [({}, "float32"), ({"l2": 0.1, "weight_decay": 0.1}, "float32"), ({}, "bfloat16")], ids=str
-)
-def test_compiled_equals_eager(row, more, dtype):
+@every_row_in("case", [({}, "float32"), ({"l2": 0.1, "weight_decay": 0.1}, "float32"), ({}, "bfloat16")])
+def test_compiled_equals_eager(row, case):
+    more, dtype = case
     stream = ops.convert_to_numpy(ops.cast(ops.cast(STREAM, dtype), "float32"))
     eager = run(row.make(**more), keras.Variable(START, dtype=dtype), stream=stream)[0].astype("float32")
     ulp = {"float32": 2e-6, "bfloat16": 1e-2}[dtype]

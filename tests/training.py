@@ -11,6 +11,25 @@ from tests.conftest import BACKEND
 every_row = pytest.mark.parametrize("row", OPTIMIZERS, ids=str)
 every_class = pytest.mark.parametrize("row", CLASSES, ids=str)
 
+
+def in_turn(first: dict, second: dict):
+    """Each of the first with one of the second, in turn; the other pairs are slow."""
+    return [
+        pytest.param(one, other, marks=() if i % len(second) == k else pytest.mark.slow, id=f"{name}-{other_name}")
+        for i, (name, one) in enumerate(first.items())
+        for k, (other_name, other) in enumerate(second.items())
+    ]
+
+
+def every_row_in(name, ways):
+    """Every row in the first of some ways, and one of each class in all of them; the other rows in these are slow."""
+    pairs = [(row, way, way == ways[0] or row in CLASSES) for row in OPTIMIZERS for way in ways]
+    marked = [
+        pytest.param(row, way, marks=() if quick else pytest.mark.slow, id=f"{row}-{way}") for row, way, quick in pairs
+    ]
+    return pytest.mark.parametrize(("row", name), marked)
+
+
 START = np.linspace(-1, 1, 6, dtype="float32").reshape(2, 3)
 STREAM = np.random.default_rng(0).normal(size=(6, 2, 3)).astype("float32")
 X = np.random.default_rng(1).normal(size=(24, 4)).astype("float32")
@@ -48,6 +67,7 @@ def run(optimizer, *variables, stream=STREAM):
 
 MODES = {"tensorflow": ("eager", "graph", "xla"), "jax": ("eager", "jit"), "torch": ("eager", "stateless")}[BACKEND]
 every_mode = pytest.mark.parametrize("mode", MODES)
+every_row_in_every_mode = every_row_in("mode", MODES)
 
 
 def train(mode, optimizer, variables, stream):
