@@ -1,6 +1,7 @@
 """Polyak averaging beside other callbacks in one `fit`: which weights they see, keep and restore."""
 
 import keras
+import keras_tuner
 import numpy as np
 import pytest
 
@@ -112,6 +113,23 @@ def test_checkpoints_hold_the_weights_that_were_judged(suffix, tmp_path):
                 loaded.optimizer.build(loaded.trainable_variables)
                 loaded.load_weights(path)
             assert equal(loaded.trainable_variables, expected[epoch]), (name, epoch)
+
+
+@pytest.mark.filterwarnings("ignore:(currentThread|getName).*:DeprecationWarning", "ignore:Skipping variable loading")
+@pytest.mark.parametrize("validate", ["averaged", "both", "raw"])
+def test_keras_tuner_saves_the_weights_that_it_has_judged(validate, tmp_path):
+    metric = "val_averaged_loss" if validate == "both" else "val_loss"
+    callback = Polyak(momentum=0.8, validate=validate, validation_data=(X, Y) if validate == "both" else None)
+    tuner = keras_tuner.RandomSearch(
+        lambda hp: made(), keras_tuner.Objective(metric, "min"), max_trials=1, directory=tmp_path
+    )
+    fit = {"batch_size": 8, "epochs": 3, "shuffle": False, "verbose": 0, "validation_data": (X, Y)}
+    tuner.search(X, Y, callbacks=[callback], **fit)
+    expected = raw_run()[0] if validate == "raw" else averages()
+    (trial,) = tuner.oracle.get_best_trials()
+    (model,) = tuner.get_best_models()
+    assert alike(numpy(model.trainable_variables), expected[trial.best_step])
+    assert trial.score == pytest.approx(loss(expected[trial.best_step]), rel=1e-5)
 
 
 def test_a_callback_of_ones_own_sees_the_raw_weights_unless_it_asks():

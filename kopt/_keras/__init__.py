@@ -234,10 +234,16 @@ def fetch_state(model) -> None:
 
 
 def keeping_method(callback) -> str | None:
-    """The name of the method in which one of Keras's callbacks takes the weights of the model, to keep or save them."""
+    """The name of the method in which a callback of Keras or KerasTuner takes the model's weights, to keep or save."""
     if isinstance(callback, keras.callbacks.EarlyStopping):
         return "on_epoch_end" if callback.restore_best_weights else None
-    return "_save_model" if isinstance(callback, keras.callbacks.ModelCheckpoint) else None
+    is_tuners = type(callback).__module__.startswith("keras_tuner.") and hasattr(callback, "_save_model")
+    return "_save_model" if isinstance(callback, keras.callbacks.ModelCheckpoint) or is_tuners else None
+
+
+def metric_of(callback) -> str:
+    """The name of the metric that a callback of Keras or KerasTuner goes by, or nothing."""
+    return str(getattr(callback, "monitor", None) or getattr(getattr(callback, "objective", None), "name", ""))
 
 
 def tell_direction(callback, metric) -> None:

@@ -45,7 +45,7 @@ class PolyakAveraging(InStep):
 
     - `validate="averaged"`: the validation of `fit` is that of the average; so `val_loss` is its loss. `"raw"`: of the
       weights as they are. `"both"`: of these, and `val_averaged_loss`, ... are the average's on `validation_data`.
-    - `keras.callbacks.ModelCheckpoint` saves the weights that its metric was measured on.
+    - `keras.callbacks.ModelCheckpoint`, and KerasTuner, save the weights that their metric was measured on.
     - `on_train_end="averaged"`: the model ends with the average, after `EarlyStopping(restore_best_weights=True)` with
       the average of the best epoch (`applied` and `averaged_model` have the last one). `"raw"`: it ends with the
       weights as they are, and so does a `fit` that raises.
@@ -267,7 +267,7 @@ class PolyakAveraging(InStep):
 
     def _reads_average(self, callback) -> bool:
         """Whether the callback goes by a metric that this one writes to the logs."""
-        return self.validate == "both" and str(getattr(callback, "monitor", "")).startswith(OWN)
+        return self.validate == "both" and _keras.metric_of(callback).startswith(OWN)
 
     def _keeps_average(self, callback) -> bool:
         """Whether what the callback keeps of the model should be the average."""
@@ -275,7 +275,7 @@ class PolyakAveraging(InStep):
             return False
         if isinstance(callback, keras.callbacks.EarlyStopping):  # what it keeps is what the model ends with
             return self.at_end == "averaged"
-        metric = callback.monitor
+        metric = _keras.metric_of(callback)
         is_validated = self.validate == "averaged" and metric.startswith("val_") and not metric.startswith(OWN)
         return is_validated or self._reads_average(callback)
 
@@ -316,7 +316,7 @@ class PolyakAveraging(InStep):
                 found = self._evaluated(self.validation_data)
             logs.update({f"{OWN}{name}": value for name, value in found.items()})
             for callback in self._readers:
-                _keras.tell_direction(callback, callback.monitor.replace(OWN, "val_"))
+                _keras.tell_direction(callback, _keras.metric_of(callback).replace(OWN, "val_"))
 
     def _evaluated(self, judged) -> dict:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(judged)
