@@ -13,6 +13,7 @@ from tests.test_backup import (
     as_in_another_process,  # noqa: F401  a fixture of every test here
     everything,
 )
+from tests.test_distribution import mirrored
 from tests.training import X, Y, equal, near
 
 
@@ -37,23 +38,28 @@ def test_keras_forgets_what_kopt_saves(tmp_path):
     assert same == [False, True]
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="strategies are TensorFlow's")
-def test_it_works_on_many_devices(tmp_path):
-    from tests.test_distribution import mirrored
+def assert_it_resumes(scope, tmp_path, y, **compiled):
+    """A training in a scope of many devices, broken off in the middle of an epoch, ends as one that was not."""
 
-    def mirror(directory, *callbacks):
+    def train(directory, *callbacks):
         keras.utils.set_random_seed(0)
         keras.utils.clear_session(free_memory=False)
-        with mirrored().scope():
-            model = keras.Sequential([keras.Input((4,)), keras.layers.Dropout(0.5), keras.layers.Dense(2)])
-            model.compile(kopt.Adam(0.01), "mse", jit_compile=False)
-        backup = BackupAndRestore(directory, save_every_steps=2)
-        model.fit(X, Y, batch_size=8, epochs=3, verbose=0, callbacks=[backup, *callbacks])
+        with scope():
+            head = keras.layers.Dense(y.shape[1], name="head")
+            model = keras.Sequential([keras.Input((4,)), keras.layers.Dropout(0.5), head])
+            model.compile(kopt.Adam(0.01), "mse", **compiled)
+            backup = BackupAndRestore(directory, save_every_steps=2)
+            model.fit(X, y, batch_size=8, epochs=3, verbose=0, callbacks=[backup, *callbacks])
         return model
 
     with pytest.raises(RuntimeError, match="stop"):
-        mirror(tmp_path, Fails("on_train_batch_end", 6))
-    assert equal(everything(mirror(tmp_path)), everything(mirror(tmp_path / "at once")))
+        train(tmp_path, Fails("on_train_batch_end", 6))
+    assert equal(everything(train(tmp_path)), everything(train(tmp_path / "at once")))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="strategies are TensorFlow's")
+def test_it_works_on_many_devices(tmp_path):
+    assert_it_resumes(lambda: mirrored().scope(), tmp_path, Y, jit_compile=False)
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="Keras distributes so on JAX")
@@ -64,21 +70,7 @@ def test_it_works_with_keras_distribution(kind, tmp_path):
         layout = keras.distribution.LayoutMap(keras.distribution.DeviceMesh((2, 4), ["batch", "model"]))
         layout["head/kernel"] = (None, "model")
         distribution = keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch")
-    y = np.tile(Y, (1, 2))
-
-    def spread(directory, *callbacks):
-        keras.utils.set_random_seed(0)
-        keras.utils.clear_session(free_memory=False)
-        with distribution.scope():
-            model = keras.Sequential([keras.Input((4,)), keras.layers.Dropout(0.5), keras.layers.Dense(4, name="head")])
-            model.compile(kopt.Adam(0.01), "mse")
-            backup = BackupAndRestore(directory, save_every_steps=2)
-            model.fit(X, y, batch_size=8, epochs=3, verbose=0, callbacks=[backup, *callbacks])
-        return model
-
-    with pytest.raises(RuntimeError, match="stop"):
-        spread(tmp_path, Fails("on_train_batch_end", 6))
-    assert equal(everything(spread(tmp_path)), everything(spread(tmp_path / "at once")))
+    assert_it_resumes(distribution.scope, tmp_path, np.tile(Y, (1, 2)))
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras trains no stateful layer here")
