@@ -35,6 +35,12 @@ def fresh():
     keras.utils.set_random_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def generator():
+    """Hypothesis makes its generator in its first run and asks gc who holds it, which gc.freeze would hide."""
+    hypothesis.find(hypothesis.strategies.none(), lambda value: True)
+
+
 ENDED = itertools.count(1)
 
 
