@@ -118,7 +118,7 @@ def test_with_batch_normalization():
     ("wrong", "message"),
     [
         ({}, "`window_steps` must be given, or `tail`, or `select`"),
-        ({"tail": 0.5, "window_steps": 5}, "`window_steps` must be given, or `tail`, or `select`, and only one"),
+        ({"tail": 0.5, "window_steps": 5}, "`tail` must be left out beside `window_steps`"),
         ({"tail": 0}, "`tail` must be a number in"),
         ({"tail": 1.5}, "`tail` must be a number in"),
         ({"window_steps": 0.5}, "`window_steps` must be a number of 1 or more"),

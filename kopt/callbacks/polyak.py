@@ -161,9 +161,7 @@ class PolyakAveraging(InStep):
             given = {"momentum": momentum} | given
         for name, value in given.items() if self.kind == "uniform" else ():
             checks.refuse(name, "left out with `kind='uniform'`, where all weights count alike", value)
-        one_of = [name for name in ("momentum", "window_steps", "window_epochs") if name in given]
-        if len(one_of) > 1:
-            checks.refuse(one_of[1], f"left out beside `{one_of[0]}`", given[one_of[1]])
+        _check_one({name: given[name] for name in ("momentum", "window_steps", "window_epochs") if name in given})
         if self.warmup_steps and not self.bias_correction:
             checks.refuse("bias_correction", "True beside `warmup_steps`, which leaves nothing to correct", False)
         if (self.validate == "both") != (self.validation_data is not None):
@@ -420,8 +418,9 @@ class PolyakAveraging(InStep):
         """
         given = {"window_steps": window_steps, "tail": tail, "select": select}
         given = {name: value for name, value in given.items() if value is not None}
-        if len(given) != 1:
-            checks.refuse("window_steps", "given, or `tail`, or `select`, and only one of them", window_steps)
+        if not given:
+            checks.refuse("window_steps", "given, or `tail`, or `select`", None)
+        _check_one(given)
         checks.optional(checks.window)("window_steps", window_steps)
         checks.optional(checks.share)("tail", tail)
         if not self.segment_every_epochs:
@@ -483,3 +482,10 @@ class PolyakAveraging(InStep):
         shown, self._shown = self._shown, None
         if shown is not None:
             shown.close()
+
+
+def _check_one(given) -> None:
+    """Refuse the second of arguments that say the same."""
+    first, *others = given or [None]
+    for name in others:
+        checks.refuse(name, f"left out beside `{first}`", given[name])
