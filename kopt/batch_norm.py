@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from kopt import _keras, backends, checks, weights
+from kopt.batches import batches, check_batches
 
 
 def update_bn(model, data, batch_size: int = 32) -> None:
@@ -136,62 +137,3 @@ class Pooled:
             off = mean - self.means[i]
             self.means[i] += share * off
             self.variances[i] += share * (variance - self.variances[i] + (1 - share) * off**2)
-
-
-def check_batches(name, data, with_targets=False):
-    """Refuse what cannot be read again and again, or has no targets if these are wanted; the data, if it is fit."""
-    allowed = "(x, y)" if with_targets else "arrays, (x, y)"
-    allowed += ", or batches that can be read again: a Dataset, a PyDataset, a DataLoader"
-    given = data
-    if with_targets and isinstance(data, list):
-        data = tuple(data)  # as for `fit`
-    if _has_rows(data) and with_targets and not (isinstance(data, tuple) and len(data) in (2, 3)):
-        is_fit = False
-    elif _has_rows(data):
-        counted = data if with_targets else _inputs(data)
-        counts = {part.shape[0] for part in keras.tree.flatten(counted) if part is not None}
-        allowed += ", with as many rows of each array, and at least one"
-        is_fit = len(counts) == 1 and counts != {0}
-    elif isinstance(data, keras.utils.PyDataset):
-        is_fit = data.num_batches is not None
-    elif backends.is_dataset(data):
-        is_fit = int(data.cardinality()) != -1  # which says that it never ends
-    else:
-        known = (str, bytes, dict, list, tuple, set, frozenset, type, keras.layers.Layer)
-        is_fit = not isinstance(data, known) and not hasattr(data, "shape") and hasattr(data, "__iter__")
-        is_fit = is_fit and iter(data) is not data  # a generator can be read once
-    return data if is_fit else checks.refuse(name, allowed, given)
-
-
-def batches(data, batch_size):
-    """The inputs of each batch, without targets and sample weights."""
-    if _has_rows(data):
-        inputs = _inputs(data)
-        count = keras.tree.flatten(inputs)[0].shape[0]
-        for start in range(0, count, batch_size):
-            rows = slice(start, start + batch_size)
-            yield _tensors(keras.tree.map_structure(lambda part, rows=rows: part[rows], inputs))
-    elif isinstance(data, keras.utils.PyDataset):
-        for place in range(data.num_batches):
-            yield _tensors(_inputs(data[place]))
-    else:
-        for batch in data:
-            yield _tensors(_inputs(tuple(batch) if isinstance(batch, list) else batch))
-
-
-def _tensors(inputs):
-    """Tensors of the backend as they are, all else as NumPy arrays."""
-    return keras.tree.map_structure(lambda part: part if keras.ops.is_tensor(part) else np.asarray(part), inputs)
-
-
-def _inputs(batch):
-    """x of (x, y, sample_weight); a list of arrays is x of several inputs, as for Keras."""
-    return batch[0] if isinstance(batch, tuple) and batch else batch
-
-
-def _has_rows(data) -> bool:
-    """Whether it is arrays, or a structure of arrays."""
-    if not isinstance(data, (tuple, list, dict)) and not hasattr(data, "shape"):
-        return False
-    inputs = keras.tree.flatten(_inputs(data))
-    return bool(inputs) and all(len(getattr(part, "shape", ())) > 0 for part in inputs)

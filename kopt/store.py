@@ -173,6 +173,22 @@ class Store:
             raise Damaged(f"No generation can be read. {self._faults(reasons)}")
         return None
 
+    def read(self, number: int):
+        """The tree of one generation.
+
+        Raises:
+            Damaged: it is there, but not whole.
+            OSError: it is not there, or the disk refuses.
+        """
+        return self._read(number, None).tree
+
+    def remove(self, *numbers: int) -> None:
+        """Remove these generations."""
+        self._owned()
+        for number in numbers:
+            self._remove(number)
+        self.disk.sync_folder(self.directory)
+
     def generations(self) -> list[int]:
         """The numbers of the generations there are, whole or not, in order."""
         return self._numbers("json")

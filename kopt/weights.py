@@ -42,31 +42,31 @@ def digest(arrays) -> str:
     return found.hexdigest()
 
 
-def copy_of(model):
+def copy_of(model, compiled=True):
     """A model like this one, with the same values in variables of its own.
 
-    It is compiled like the model, with an optimizer that begins anew.
+    It is compiled like the model, with an optimizer that begins anew, unless `compiled` is False.
     """
     try:
         twin = _keras.made_from_config(model)
     except Exception as error:
         raise ValueError(
             f"A copy of this {type(model).__name__} cannot be made from its config, which Keras needs for `.keras` "
-            f"files as well; use `with avg.applied():`, and save its weights there. {error}"
+            f"files as well: give it `get_config`, or put the weights into the model itself. {error}"
         ) from error
     pairs = list(zip(_keras.layers_of(model), _keras.layers_of(twin), strict=False))
     shapes, theirs = ([tuple(v.shape) for v in one.variables] for one in (model, twin))
     if shapes != theirs or any(type(layer) is not type(other) for layer, other in pairs):
         raise ValueError(
-            f"A copy of {type(model).__name__} has other variables than the model; it must build them in `build`, or "
-            "be functional. Use `with avg.applied():`, and save its weights there."
+            f"A copy of {type(model).__name__} has other variables than the model: it must build them in `build`, or "
+            "be functional. Or put the weights into the model itself."
         )
     _keras.fetch_state(model)
     for layer, other in pairs:
         other.trainable = layer.trainable
         _keras.hand_over(layer, other)
     assign(twin.variables, [backends.copied(variable) for variable in model.variables])  # seeds, too
-    if model.compiled:
+    if compiled and model.compiled:
         try:
             _keras.compile_like(twin, model)
         except Exception as error:

@@ -278,8 +278,11 @@ def hand_over(layer, other) -> None:
             other.load_assets(directory)
 
 
-def compile_like(twin, model) -> None:
-    """Compile a model like another: with the same functions, but objects with a state, as metrics, of its own."""
+def compile_like(twin, model, but=()) -> None:
+    """Compile a model like another: with the same functions, but objects with a state, as metrics, of its own.
+
+    Of the arguments of `compile`, those in `but` are left out.
+    """
     owned = keras.optimizers.Optimizer, keras.metrics.Metric
 
     def own(given):
@@ -289,9 +292,29 @@ def compile_like(twin, model) -> None:
 
     with SafeModeScope(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
-        twin.compile(**keras.tree.map_structure(own, dict(model._compile_config.config)))
+        given = {name: value for name, value in model._compile_config.config.items() if name not in but}
+        twin.compile(**keras.tree.map_structure(own, given))
     if isinstance(twin.optimizer, keras.optimizers.Optimizer):
         twin.optimizer.build(twin.trainable_variables)
+
+
+def inputs_of(model):
+    """What a functional or sequential model takes, as symbolic tensors; None for others."""
+    symbolic = getattr(model, "_functional", model)
+    return getattr(symbolic, "_inputs_struct", None)
+
+
+def outputs_of(model):
+    """What a functional or sequential model returns, as symbolic tensors; None for others."""
+    symbolic = getattr(model, "_functional", model)
+    return getattr(symbolic, "_outputs_struct", None)
+
+
+def made_by(output):
+    """The layer that makes a symbolic tensor, in a nested model the innermost."""
+    layer = output._keras_history.operation
+    inner = outputs_of(layer)
+    return layer if inner is None else made_by(keras.tree.flatten(inner)[output._keras_history.tensor_index])
 
 
 def fits_of(model) -> int:

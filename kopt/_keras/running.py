@@ -14,6 +14,7 @@ class Fit:
     def __init__(self, callback):
         self.model = callback.model
         self.callback_list = self.epoch_iterator = None
+        self.validation_data = None  # what `fit` was given, or has split off
         self.is_inner = False  # whether it runs within another `fit` with the same callback
         for frame in frames():
             found = frame.f_locals
@@ -21,6 +22,7 @@ class Fit:
                 self.callback_list = self.callback_list or found["self"]
             elif found.get("self") is self.model and "epoch_iterator" in found:
                 self.epoch_iterator = self.epoch_iterator or found["epoch_iterator"]
+                self.validation_data = found.get("validation_data")
             lists = [value for value in found.values() if isinstance(value, keras.callbacks.CallbackList)]
             self.is_inner |= any(one is not self.callback_list and callback in one.callbacks for one in lists)
 

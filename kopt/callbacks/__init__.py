@@ -16,3 +16,4 @@ from kopt.callbacks.decays import WarmUp as WarmUp
 from kopt.callbacks.monitor import RateMonitor as RateMonitor
 from kopt.callbacks.polyak import PolyakAveraging as PolyakAveraging
 from kopt.callbacks.schedule import Schedule as Schedule
+from kopt.callbacks.snapshots import SnapshotEnsemble as SnapshotEnsemble

@@ -240,10 +240,13 @@ class BackupAndRestore(Callback):
         done, every = self.run.before + self.run.step, self.save_every_steps
         return every is not None and done // every > self.run.saved // every
 
+    def ends_interval(self, epoch) -> bool:
+        """Whether to save at the end of this epoch."""
+        return bool(self.save_every_epochs) and (epoch + 1) % self.save_every_epochs == 0
+
     def on_epoch_end(self, epoch, logs=None):
         run, stopped = self.run, self.model.stop_training
-        every = self.save_every_epochs
-        due = self._is_due() or (every and (epoch + 1) % every == 0) or stopped or epoch + 1 >= self.params["epochs"]
+        due = self._is_due() or self.ends_interval(epoch) or stopped or epoch + 1 >= self.params["epochs"]
         run.before, run.step = run.before + run.step, 0
         if due:
             self._save(epoch + 1, 0, stopped)

@@ -224,6 +224,12 @@ def ranges(optimizer, name):
     return checks.nonnegative if name in ("learning_rate", "weight_decay") else checks.fraction
 
 
+def own_rate(optimizer) -> float:
+    """The learning rate that the optimizer has by itself, if that is a number."""
+    driven = found(optimizer, "learning_rate")
+    return read(stepping.rate_source(optimizer)) if driven is None else driven.own_now()
+
+
 def found(optimizer, name) -> Drive | None:
     """What drives the number already."""
     parts = stepping.Step.of(optimizer).parts

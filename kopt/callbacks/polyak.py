@@ -8,7 +8,7 @@ import numpy as np
 
 from kopt import _keras, checks, weights
 from kopt._keras import running, stepping
-from kopt.batch_norm import check_batches
+from kopt.batches import check_batches
 from kopt.callbacks.averages import Averaged, Averaging, exponential, is_averaged, uniform
 from kopt.callbacks.base import InStep
 from kopt.callbacks.clock import Span

@@ -1,0 +1,164 @@
+"""What snapshots are worth on data that is held out, each and together."""
+
+import itertools
+
+import keras
+import numpy as np
+
+from kopt import ensemble, scores
+from kopt.batches import pairs
+
+ROWS = 256  # of arrays, that are predicted at once
+
+
+def predicted(predict, data, names):
+    """What is predicted for all of the data, and the targets: an array for each output, in order.
+
+    Args:
+        predict: A function of the inputs of a batch.
+        data: Pairs of inputs and targets, batch by batch.
+        names: Of the outputs; targets may be given by name.
+    """
+    outputs, targets = [], []
+    for x, y in data:
+        outputs.append(keras.tree.flatten(predict(x)))
+        targets.append([y.get(name) for name in names] if isinstance(y, dict) and names else keras.tree.flatten(y))
+    return [[np.concatenate(parts) for parts in zip(*found, strict=True)] for found in (outputs, targets)]
+
+
+def judged(ways, members, targets) -> list[tuple]:
+    """For each output: who judges it, and what he looks at, with the members in front."""
+    found, ways = [], ways if isinstance(ways, list) else [ways] * len(members)
+    for name, values, target in zip(ways, members, targets, strict=True):
+        way = ensemble.Way(name, values.shape)
+        found.append((way.judge(target, values.shape[1:]), way.judged(values, lead=1)))
+    return found
+
+
+class Report:
+    """Compares snapshots and their ensemble.
+
+    Args:
+        ways: How each output is combined.
+        names: What the outputs are called, or None.
+        data: As for `evaluate`.
+    """
+
+    def __init__(self, ways, names, data):
+        self.ways, self.names, self.data = ways, names, data
+        self.members: list[list] = []  # what each predicts
+        self.targets = None
+
+    def see(self, model) -> None:
+        """Take in the next member, whose weights are in the model."""
+        found, self.targets = predicted(model.predict_on_batch, pairs(self.data, ROWS), self.names)
+        self.members.append(found)
+
+    def results(self) -> list[dict]:
+        """What there is to say of each output; `output` is its name, if there are several."""
+        return self._results([np.stack(parts) for parts in zip(*self.members, strict=True)], self.targets)
+
+    def _results(self, values, targets):
+        names = self.names if len(values) > 1 and self.names else range(len(values))
+        found = [result(*one) for one in judged(self.ways, values, targets)]
+        return [{"output": name if len(values) > 1 else None} | one for name, one in zip(names, found, strict=True)]
+
+    def check(self, model) -> None:
+        """See that the first batch can be judged, before anything is trained."""
+        first = itertools.islice(pairs(self.data, 2), 1)
+        values, targets = predicted(model.predict_on_batch, first, self.names)
+        self._results([one[None] for one in values], targets)
+
+
+def result(judge, members) -> dict:
+    """What there is to say of the members of an ensemble, and of all together, of one output."""
+    of_each, together = [judge.scores(one) for one in members], members.mean(0)
+    found = {"members": of_each, "ensemble": judge.scores(together), "rows": len(members[0])}
+    if isinstance(judge, scores.Classes):
+        temperature = judge.temperature(together)
+        found |= {
+            "interval": judge.interval(together),
+            "temperature": temperature,
+            "calibrated": judge.scores(scores.tempered(together, temperature)),
+        }
+    if len(members) > 1:
+        best = int(np.argmax([judge.sign * one[judge.score] for one in of_each]))
+        found |= {
+            "best": best,
+            "over_best": scores.compare(judge.points(together), judge.points(members[best])),
+            "over_last": scores.compare(judge.points(together), judge.points(members[-1])),
+            "diversity": judge.diversity(members),
+            "alike": judge.are_alike(members),
+        }
+    return found
+
+
+def line(found) -> str:
+    """The last member and the ensemble, in a few words."""
+    score, other = list(found["ensemble"])[:2]
+    last, all_ = found["members"][-1], found["ensemble"]
+    of = "" if found["output"] is None else f"{found['output']} "
+    text = f"{of}{score} {last[score]:.4f}, {other} {last[other]:.4f}"
+    if "best" not in found:
+        return text
+    gain = all_[score] - found["members"][found["best"]][score]
+    over = f"{100 * gain:+.2f} points" if score == "accuracy" else f"{gain:+.4f}"
+    count = len(found["members"])
+    return f"{text}; ensemble of {count}: {score} {all_[score]:.4f} ({over} to the best), {other} {all_[other]:.4f}"
+
+
+def table(found, records) -> list[str]:
+    """Members, ensemble, what it gains and how much that can be trusted, as lines."""
+    names = list(found["ensemble"])
+    lines = [] if found["output"] is None else [f"  output {found['output']}"]
+    lines += ["  cycle  epoch      rate" + "".join(f"{name:>10}" for name in names)]
+    for record, one in zip(records, found["members"], strict=True):
+        start = f"  {record['cycle']:5}  {record['epoch']:5}  {record['learning_rate']:8.2g}"
+        lines.append(start + "".join(f"{one[name]:10.4f}" for name in names))
+    lines.append(f"  {'ensemble':22}" + "".join(f"{found['ensemble'][name]:10.4f}" for name in names))
+    is_classes = "interval" in found
+    if is_classes:
+        lines.append("  accuracy of the ensemble: {:.4f} to {:.4f} (95 %)".format(*found["interval"]))
+    if "best" in found:
+        lines += [_gain(found, records, is_classes), _diversity(found["diversity"])]
+    if is_classes:
+        before, after = found["ensemble"]["ece"], found["calibrated"]["ece"]
+        at = f"at temperature {found['temperature']:.2f}, fitted on these {found['rows']} rows"
+        lines.append(f"  calibration error {before:.4f}; {after:.4f} {at}")
+    return lines
+
+
+def _gain(found, records, is_classes) -> str:
+    over, cycle = found["over_best"], records[found["best"]]["cycle"]
+    scale, unit, test = (100, "points", "McNemar's test") if is_classes else (1, "of squared error", "sign test")
+    gain, low, high = (scale * over[name] for name in ("gain", "low", "high"))
+    form = "{:+.2f}" if is_classes else "{:+.4g}"
+    bounds = f"{form.format(low)} to {form.format(high)}"
+    return (
+        f"  better than the best member (cycle {cycle}) by {form.format(gain)} {unit} "
+        f"(95 %: {bounds}), p = {over['p']:.2g} ({test})"
+    )
+
+
+def _diversity(found) -> str:
+    first = next(iter(found))
+    share = f"{100 * found[first]:.1f} %" if first == "disagreement" else f"{found[first]:.4g}"
+    return f"  diversity: {first} {share}, correlation {found['correlation']:.3f}, gap {found['gap']:.4f}"
+
+
+def warnings_of(found) -> list[str]:
+    """What should worry the user."""
+    said = []
+    of = "" if found["output"] is None else f"Output {found['output']}: "
+    if found.get("alike"):
+        said.append(
+            f"{of}The members are nearly the same function ({_diversity(found['diversity']).strip()}), so that there is "
+            "little to average: raise `max_learning_rate`, or let cycles be longer or fewer."
+        )
+    over = found.get("over_last")
+    if over and over["gain"] < 0:
+        said.append(
+            f"{of}The ensemble is worse than its last member ({over['gain']:+.4f}, p = {over['p']:.2g}): take fewer, "
+            "`build(last=...)` or `build(select='greedy')`, or longer cycles."
+        )
+    return said
