@@ -176,8 +176,7 @@ class Ensemble(keras.Model):
         made = [function(*one) for one in zip(ways, flat, temperatures, strict=True)]
         return made[0] if flat[0] is outputs else keras.tree.pack_sequence_as(outputs, made)
 
-    @property
-    def apart(self):
+    def side_by_side(self):
         """A model that gives what each model predicts, `(rows, models, ...)`."""
         if "_apart" not in vars(self):
             made = Apart(self.models, self.run_eagerly)
@@ -192,7 +191,7 @@ class Ensemble(keras.Model):
             batch_size: How arrays are split.
             verbose: Whether to show how far it is.
         """
-        found = self.apart.predict(x, batch_size=batch_size, verbose=verbose)
+        found = self.side_by_side().predict(x, batch_size=batch_size, verbose=verbose)
         return keras.tree.map_structure(lambda one: np.swapaxes(one, 0, 1), found)
 
     def uncertainty(self, x, batch_size: int | None = None, verbose=0) -> dict:
@@ -238,12 +237,24 @@ class Ensemble(keras.Model):
     def fit(self, *args, **kwargs):
         raise RuntimeError("An Ensemble is not trained: train its `models`, each by itself")
 
-    # Files
+    # Files, without the optimizers of the models
+
+    def save(self, filepath, **kwargs):
+        with _keras.without_optimizers(self.models):
+            super().save(filepath, **kwargs)
+
+    def save_weights(self, filepath, **kwargs):
+        with _keras.without_optimizers(self.models):
+            super().save_weights(filepath, **kwargs)
+
+    def load_weights(self, filepath, **kwargs):
+        with _keras.without_optimizers(self.models):
+            super().load_weights(filepath, **kwargs)
 
     def get_config(self):
         made = [keras.saving.serialize_keras_object(model) for model in self.models]
         for one in made:
-            one.pop("compile_config", None)  # or each would come with an optimizer and its state
+            one.pop("compile_config", None)  # which would make each an optimizer
         apart = [one for i, one in enumerate(made) if one not in made[:i]]
         return {
             "models": {"configs": apart, "places": [apart.index(one) for one in made]},
@@ -291,7 +302,7 @@ def _loaded(models) -> list:
     if wrong := [file for file in files if file and not file.endswith((".keras", ".weights.h5"))]:
         checks.refuse("models", "`.keras` or `.weights.h5` files", wrong)
     found = [
-        one if file is None else keras.models.load_model(file) if file.endswith(".keras") else None
+        one if file is None else _keras.loaded(file) if file.endswith(".keras") else None
         for one, file in zip(models, files, strict=True)
     ]
     first = next((model for model in found if model is not None), None)
@@ -340,11 +351,20 @@ def resolved(combine, model):
         made = [None] * len(losses) if outputs is None else map(_keras.made_by, keras.tree.flatten(outputs))
         found = [_told(one, layer, loss is not None) for one, layer in zip(losses, made, strict=True)]
     else:
-        judge = checks.one_of("auto", *WAYS)
-        found = [judge("combine", one) for one in _spread("combine", combine, names)]
-        if "auto" in found:
-            checks.refuse("combine", '"auto" for all outputs, or said of each', combine)
+        found = _spread("combine", check_combine("combine", combine), names)
+        if None in found:
+            checks.refuse("combine", f"said of each output: {', '.join(names)}", combine)
     return found if len(found) > 1 or isinstance(combine, (list, tuple, dict)) else found[0]
+
+
+def check_combine(name, value):
+    """Refuse what is no way to combine outputs, nor ways of several."""
+    if isinstance(value, str) and value == "auto":
+        return value
+    several = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+    if not several or any(not isinstance(one, str) or one not in WAYS for one in several):
+        checks.refuse(name, f"'auto', or {', '.join(map(repr, WAYS))}, or these for several outputs", value)
+    return value
 
 
 def names_of(model) -> list[str] | None:
@@ -396,15 +416,9 @@ def _temperature(given, combine):
     if given is None:
         return None
     allowed = "a finite number greater than 0 for classes, None for numbers; a list of them for several outputs"
-    found = []
-    for name, one in zip(
-        combine if isinstance(combine, list) else [combine],
-        given if isinstance(given, (list, tuple)) else [given],
-        strict=False,
-    ):
-        if name == "mean" and one is not None:
-            checks.refuse("temperature", allowed, given)
-        found.append(one if one is None else checks.positive("temperature", one))
-    if len(found) != (len(combine) if isinstance(combine, list) else 1):
+    names = combine if isinstance(combine, list) else [combine]
+    found = given if isinstance(given, (list, tuple)) else [given]
+    if len(found) != len(names) or any(name == "mean" and one is not None for name, one in zip(names, found)):  # noqa: B905
         checks.refuse("temperature", allowed, given)
+    found = [checks.optional(checks.positive)("temperature", one) for one in found]
     return found if isinstance(combine, list) else found[0]

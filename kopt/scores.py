@@ -194,8 +194,9 @@ def chosen(members, judges) -> list[int]:
 
     Args:
         members: The predictions for each output, with the members in front.
-        judges: Who judges each output.
+        judges: Who judges each output, or None.
     """
+    members, judges = zip(*((one, judge) for one, judge in zip(members, judges, strict=True) if judge), strict=True)
     m = len(members[0])
     counts, best = [0] * m, (math.inf, [0] * m)
     totals = [0.0] * len(members)
@@ -207,6 +208,6 @@ def chosen(members, judges) -> list[int]:
         i = int(np.argmin(np.nan_to_num(losses, nan=np.inf)))
         counts = [count + (i == k) for k, count in enumerate(counts)]
         totals = [total + one[i].astype("float64") for total, one in zip(totals, members, strict=True)]
-        if losses[i] < best[0]:
+        if losses[i] < best[0] - 1e-12:  # more than rounding
             best = losses[i], counts
     return best[1]

@@ -685,8 +685,33 @@ KINDS = {
         "name": "text?",
     },
 }
-TRIED_ELSEWHERE = {  # the step makes `At`; tests/test_loading.py, test_plot.py and test_batch_norm.py try the others
+KINDS |= {
+    kc.SnapshotEnsemble: {
+        "cycles": "count 1",
+        "max_learning_rate": "positive?",
+        "min_learning_rate": "nonnegative",
+        "cycle_mult": "positive",
+        "topology": "sequential|star",
+        "storage": "auto|ram|disk",
+        "directory": "path?",
+        "dtype": "float32|float16|bfloat16",
+        "validation_data": "batches with targets?",
+        "verbose": "count 0",
+        "combine": "auto|probabilities|logits|mean|binary_probabilities|binary_logits",
+        "on_save_error": "raise|warn",
+        "name": "text?",
+    },
+    kopt.Ensemble: {
+        "models": "built models",
+        "combine": "a way",
+        "weights": "nonnegatives",
+        "temperature": "positive?",
+        "name": "text?",
+    },
+}
+TRIED_ELSEWHERE = {  # the step makes `At`; others have a test file of their own
     kopt.At,
+    kopt.Ensemble,
     kopt.load_optimizer,
     kopt.plot.schedule,
     kopt.update_bn,

@@ -153,6 +153,14 @@ def swa():
     return kopt.callbacks.PolyakAveraging(kind="uniform", start_epoch=2, update_every_steps=3, **more)
 
 
+def snapshots():
+    return kopt.callbacks.SnapshotEnsemble(2, validation_data=(X, Y))
+
+
+def star():
+    return kopt.callbacks.SnapshotEnsemble(2, 0.05, cycle_mult=1.5, topology="star", directory="snapshots")
+
+
 def smaller():
     return keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.9)
 
@@ -170,6 +178,7 @@ class Scenario:
     compiled: dict = field(default_factory=dict)
     steps: int | None = None  # between saves
     first: bool = False  # whether the backup is the first in the list of callbacks
+    alone: bool = True  # whether there is a backup that is no part of another callback
 
 
 CALLBACK_STATE = (
@@ -244,6 +253,10 @@ SCENARIOS = EIGHT | {
         {"momentum": 0.9, "nonfinite": "skip"},
         callbacks=(lambda: kopt.callbacks.CyclicalRate(0.1, cycle_epochs=1), swa),
     ),
+    "snapshots": Scenario(
+        kopt.SGD, {"momentum": 0.9}, layer=layers.BatchNormalization, callbacks=(snapshots, polyak), steps=3
+    ),
+    "star": Scenario(ADAM, layer=lambda: layers.Dropout(0.5), callbacks=(star,), alone=False),
     "narrow": Scenario(layer=lambda: layers.Dense(3, dtype="bfloat16"), steps=3),
     "cut": Scenario(fit={"steps_per_epoch": 3}, steps=2),
     "seek": Scenario(data=lambda: (kopt.data.seekable(Batches(1, workers=2), shuffle=True), None), steps=3),
@@ -331,7 +344,8 @@ def train(name, directory, kill=None, say=None, epochs=EPOCHS, theirs=False) -> 
         backup = kopt.callbacks.BackupAndRestore(directory, save_every_steps=use.steps, verbose=0)
     os.chdir(directory)  # where a callback writes what the backup leaves alone
     callbacks = [make() for make in use.callbacks]
-    listed = [backup, *callbacks] if use.first else [*callbacks, backup]
+    backups = [backup] if use.alone else []
+    listed = [*backups, *callbacks] if use.first else [*callbacks, *backups]
     x, y = use.data()
     arguments = {"batch_size": BATCH, "shuffle": y is not None} | use.fit
     history = model.fit(x, y, epochs=epochs, verbose=0, callbacks=[*listed, Progress(kill, say)], **arguments)
@@ -346,6 +360,14 @@ def train(name, directory, kill=None, say=None, epochs=EPOCHS, theirs=False) -> 
     return {part: digest(values) for part, values in results.items()}
 
 
+def snapshots():
+    return kopt.callbacks.SnapshotEnsemble(2, validation_data=(X, Y))
+
+
+def star():
+    return kopt.callbacks.SnapshotEnsemble(2, 0.05, cycle_mult=1.5, topology="star", directory="snapshots")
+
+
 def averaged(callback, model):
     """The count of an average of the weights, the average, and what the training goes on from."""
     if isinstance(callback, kopt.callbacks.PolyakAveraging):
@@ -353,6 +375,9 @@ def averaged(callback, model):
         for which in ("averaged", "raw"):
             with callback.applied(which):
                 yield from [np.array(keras.ops.convert_to_numpy(one)) for one in model.variables]
+    if isinstance(callback, kopt.callbacks.SnapshotEnsemble):
+        yield from callback.snapshots_
+        yield callback.ensemble.members(X)
 
 
 def digest(values) -> str:

@@ -68,7 +68,7 @@ def was_killed(answer):
     return answer["status"] == 9
 
 
-FAST = "shuffled", "steps", "polyak"
+FAST = "shuffled", "steps", "polyak", "star"
 
 
 @pytest.mark.parametrize("scenario", [
@@ -108,6 +108,29 @@ def test_killed_at_every_kind_of_moment(trainings, tmp_path):
     for name, point in POINTS.items():
         assert was_killed(trainings.run("steps", tmp_path, kill=point)), name
     assert trainings.result(trainings.run("steps", tmp_path)) == trainings.reference("steps")
+
+
+AROUND_A_SNAPSHOT = {
+    "before the first": {"hook": "on_train_batch_end", "number": 12},
+    "before its file": {"operation": "create", "number": 2},
+    "half of it": {"operation": "write", "number": 2, "part": 0.5},
+    "before it has its name": {"operation": "rename", "number": 1},
+    "between data and manifest": {"operation": "rename", "number": 2},
+    "before the training is saved": {"operation": "write", "number": 25},
+    "between two": {"hook": "on_train_batch_end", "number": 30},
+    "before the second": {"operation": "create", "number": 2},
+    "half of the second": {"operation": "write", "number": 2, "part": 0.5},
+    "after the last": {"hook": "on_train_end", "number": 0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the store is the same on all backends")
+def test_killed_around_snapshots(trainings, tmp_path):
+    """One training, killed at one point after the other: the same snapshots, the same ensemble."""
+    for name, point in AROUND_A_SNAPSHOT.items():
+        assert was_killed(trainings.run("star", tmp_path, kill=point)), name
+    assert trainings.result(trainings.run("star", tmp_path)) == trainings.reference("star")
 
 
 def done(answer):

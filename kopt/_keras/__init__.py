@@ -298,6 +298,25 @@ def compile_like(twin, model, but=()) -> None:
         twin.optimizer.build(twin.trainable_variables)
 
 
+@contextlib.contextmanager
+def without_optimizers(models):
+    """The models as if they had not been compiled, for a file that holds them all."""
+    held = [vars(model).pop("optimizer", None) for model in models]
+    try:
+        yield
+    finally:
+        for model, optimizer in zip(models, held, strict=True):
+            if optimizer is not None:
+                vars(model)["optimizer"] = optimizer
+
+
+def loaded(file):
+    """The model in a `.keras` file; what state of an optimizer is in it does not matter."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
+        return keras.models.load_model(file)
+
+
 def inputs_of(model):
     """What a functional or sequential model takes, as symbolic tensors; None for others."""
     symbolic = getattr(model, "_functional", model)

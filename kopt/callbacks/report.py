@@ -23,15 +23,17 @@ def predicted(predict, data, names):
     for x, y in data:
         outputs.append(keras.tree.flatten(predict(x)))
         targets.append([y.get(name) for name in names] if isinstance(y, dict) and names else keras.tree.flatten(y))
-    return [[np.concatenate(parts) for parts in zip(*found, strict=True)] for found in (outputs, targets)]
+    together = lambda parts: None if parts[0] is None else np.concatenate(parts)  # noqa: E731
+    return [[together(parts) for parts in zip(*found, strict=True)] for found in (outputs, targets)]
 
 
 def judged(ways, members, targets) -> list[tuple]:
-    """For each output: who judges it, and what he looks at, with the members in front."""
+    """For each output: who judges it, and what he looks at, with the members in front; nobody without a target."""
     found, ways = [], ways if isinstance(ways, list) else [ways] * len(members)
     for name, values, target in zip(ways, members, targets, strict=True):
         way = ensemble.Way(name, values.shape)
-        found.append((way.judge(target, values.shape[1:]), way.judged(values, lead=1)))
+        judge = None if target is None else way.judge(target, values.shape[1:])
+        found.append((judge, way.judged(values, lead=1)))
     return found
 
 
@@ -60,8 +62,8 @@ class Report:
 
     def _results(self, values, targets):
         names = self.names if len(values) > 1 and self.names else range(len(values))
-        found = [result(*one) for one in judged(self.ways, values, targets)]
-        return [{"output": name if len(values) > 1 else None} | one for name, one in zip(names, found, strict=True)]
+        found = zip(names, judged(self.ways, values, targets), strict=True)
+        return [{"output": name if len(values) > 1 else None} | result(*one) for name, one in found if one[0]]
 
     def check(self, model) -> None:
         """See that the first batch can be judged, before anything is trained."""
@@ -134,10 +136,8 @@ def _gain(found, records, is_classes) -> str:
     gain, low, high = (scale * over[name] for name in ("gain", "low", "high"))
     form = "{:+.2f}" if is_classes else "{:+.4g}"
     bounds = f"{form.format(low)} to {form.format(high)}"
-    return (
-        f"  better than the best member (cycle {cycle}) by {form.format(gain)} {unit} "
-        f"(95 %: {bounds}), p = {over['p']:.2g} ({test})"
-    )
+    against = f"  against the best member (cycle {cycle}): {form.format(gain)} {unit}"
+    return f"{against} (95 %: {bounds}), p = {over['p']:.2g} ({test})"
 
 
 def _diversity(found) -> str:
@@ -152,13 +152,14 @@ def warnings_of(found) -> list[str]:
     of = "" if found["output"] is None else f"Output {found['output']}: "
     if found.get("alike"):
         said.append(
-            f"{of}The members are nearly the same function ({_diversity(found['diversity']).strip()}), so that there is "
-            "little to average: raise `max_learning_rate`, or let cycles be longer or fewer."
+            f"{of}The members are nearly the same function ({_diversity(found['diversity']).strip()}); there is little "
+            "to average. Raise `max_learning_rate`, or let cycles be longer or fewer."
         )
     over = found.get("over_last")
     if over and over["gain"] < 0:
+        chance = "" if over["p"] < 0.05 else ", which may be chance"
         said.append(
-            f"{of}The ensemble is worse than its last member ({over['gain']:+.4f}, p = {over['p']:.2g}): take fewer, "
-            "`build(last=...)` or `build(select='greedy')`, or longer cycles."
+            f"{of}The ensemble is worse than its last member: {over['gain']:+.4f}, p = {over['p']:.2g}{chance}. Take "
+            "fewer, by `build(last=...)` or `build(select='greedy')`, or longer cycles."
         )
     return said

@@ -1,8 +1,10 @@
 """Snapshots of a training, in memory or in files, in the order in which they were taken."""
 
 import os
+import shutil
 import tempfile
 import warnings
+import weakref
 
 import numpy as np
 
@@ -28,7 +30,7 @@ class Shelf:
         self.records: list[dict] = []
         self.arrays: list[list | None] = []  # of each, or None if it lies in a file alone
         self.numbers: list[int | None] = []  # of each in the store
-        self.store = self.temporary = None
+        self.store = None
         if directory is not None:
             self.open()
 
@@ -38,9 +40,11 @@ class Shelf:
     def open(self) -> None:
         """Prove, before anything is trained, that the directory can be written."""
         if self.store is None:
-            if self.directory is None:
-                self.temporary = tempfile.TemporaryDirectory(prefix="kopt-snapshots-")
-            self.store = Store(self.directory or self.temporary.name, keep=self.count)
+            place = self.directory
+            if place is None:
+                place = tempfile.mkdtemp(prefix="kopt-snapshots-")
+                weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+            self.store = Store(place, keep=self.count)
         self.store.open()
 
     def close(self) -> None:
@@ -59,7 +63,7 @@ class Shelf:
     def _is_large(self, arrays) -> bool:
         if self.storage != "auto":
             return self.storage == "disk"
-        return self.temporary is not None or self.count * sum(array.nbytes for array in arrays) > SHARE * free_memory()
+        return self.count * sum(array.nbytes for array in arrays) > SHARE * free_memory()
 
     def _saved(self, record, arrays) -> int | None:
         try:

@@ -126,7 +126,7 @@ class SnapshotEnsemble(Driving):
         is_given = validation_data is not None
         self.validation_data = check_batches("validation_data", validation_data, True) if is_given else None
         self.verbose = checks.count(0)("verbose", verbose)
-        self.combine = combine
+        self.combine = ensemble.check_combine("combine", combine)
         self.on_save_error = checks.one_of("raise", "warn")("on_save_error", on_save_error)
         self.fits: list[int] = []  # after how many epochs each `fit` has ended
 
@@ -350,7 +350,7 @@ class SnapshotEnsemble(Driving):
             return made
         names = ensemble.names_of(self._trained)
         batches = pairs(judged_on, report.ROWS)
-        members, targets = report.predicted(made.apart.predict_on_batch, batches, names)
+        members, targets = report.predicted(made.side_by_side().predict_on_batch, batches, names)
         members = [np.swapaxes(one, 0, 1) for one in members]
         judges, members = zip(*report.judged(made.combine, members, targets), strict=True)
         counts = scores.chosen(members, judges) if select else [1] * len(made.models)
