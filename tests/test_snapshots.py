@@ -20,7 +20,9 @@ from tests.training import X, Y, network
 
 pytestmark = [
     pytest.mark.skipif(FLOATX != "float32", reason="what is kept is kept alike"),
-    pytest.mark.filterwarnings("ignore:The ensemble is worse", "ignore:The members are nearly"),  # as small ones are
+    pytest.mark.filterwarnings(
+        "ignore:.*The ensemble is worse", "ignore:.*The members are nearly"
+    ),  # as small ones are
 ]
 RNG = np.random.default_rng(0)
 LABELS = (Y[:, 0] + RNG.normal(size=len(Y)) > 0).astype("int64") + (Y[:, 1] > 1)
