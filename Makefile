@@ -9,7 +9,7 @@ OUT ?= out/quickstart
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: help demo test test-all test-tensorflow test-jax test-torch test-slow soak compare-resume lint format bench
-.PHONY: averages bench-conditions bench-backup bench-schedules bench-averages clean
+.PHONY: averages snapshots bench-conditions bench-backup bench-schedules bench-averages bench-ensembles clean
 .DEFAULT_GOAL := help
 
 help:  ## List what make can do
@@ -55,6 +55,9 @@ format: $(VENV)/.dev  ## Mend style
 averages: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Average one training in many ways; 8 seeds, a picture, in out/polyak
 	$(BIN)/python recipes/polyak.py --check --out out/polyak
 
+snapshots: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Snapshot ensembles beside other ways to spend the same epochs; 30 seeds, a picture, in out/snapshots
+	$(BIN)/python recipes/snapshot_ensemble.py --check --out out/snapshots
+
 bench: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time an optimizer's step beside Keras's; SMOKE=1 for a quick look
 	$(BIN)/python tests/bench/step.py --out out/bench-$(or $(KERAS_BACKEND),tensorflow).json $(if $(SMOKE),--smoke)
 
@@ -69,6 +72,9 @@ bench-schedules: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Tim
 
 bench-averages: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time a training step with Keras's average of the weights and with kopt's
 	$(BIN)/python tests/bench/averaging.py $(if $(SMOKE),--smoke)
+
+bench-ensembles: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time the predictions of five models in a row and as one kopt.Ensemble
+	$(BIN)/python tests/bench/ensembles.py $(if $(SMOKE),--smoke)
 
 clean:  ## Remove what make has made
 	rm -rf .venv .venv-lowest out build dist .pytest_cache .ruff_cache .hypothesis

@@ -20,9 +20,7 @@ from tests.training import X, Y, network
 
 pytestmark = [
     pytest.mark.skipif(FLOATX != "float32", reason="what is kept is kept alike"),
-    pytest.mark.filterwarnings(
-        "ignore:.*The ensemble is worse", "ignore:.*The members are nearly"
-    ),  # as small ones are
+    pytest.mark.filterwarnings("ignore:.*The ensemble is worse", "ignore:.*The members are nearly"),  # small ones
 ]
 RNG = np.random.default_rng(0)
 LABELS = (Y[:, 0] + RNG.normal(size=len(Y)) > 0).astype("int64") + (Y[:, 1] > 1)
@@ -449,9 +447,9 @@ def test_half_the_memory(dtype):
 
 def test_what_a_narrow_type_cannot_hold_stays():
     array = np.array([[1e6, 1.0]], "float32")
-    assert snapshots.narrowed(array, "float16") is array
-    assert snapshots.narrowed(array, "bfloat16").dtype.name == "bfloat16"
-    assert snapshots.narrowed(array[0], "float16").dtype == "float32"
+    assert shelf.narrowed(array, "float16") is array
+    assert shelf.narrowed(array, "bfloat16").dtype.name == "bfloat16"
+    assert shelf.narrowed(array[0], "float16").dtype == "float32"
 
 
 @pytest.mark.parametrize(("storage", "free", "is_on_disk"), [
@@ -466,7 +464,7 @@ def test_where_they_are(storage, free, is_on_disk, monkeypatch):
 
 
 def test_a_temporary_directory_goes_with_the_callback():
-    kept = shelf.Shelf("disk", None, 1, "raise")
+    kept = shelf.Shelf("disk", None, 1, "float32", "raise")
     kept.put({"cycle": 1}, [np.ones(3)])
     where = kept.store.directory
     assert os.path.exists(where)

@@ -6,11 +6,13 @@ import tempfile
 import warnings
 import weakref
 
+import ml_dtypes
 import numpy as np
 
 from kopt import checks, weights
 from kopt.store import Damaged, Store
 
+DTYPES = {"float32": None, "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 SHARE = 0.25  # of the free memory that snapshots may take before they go to the disk
 
 
@@ -21,12 +23,13 @@ class Shelf:
         storage: "ram", "disk", or "auto": in memory, unless all of them would take a quarter of what is free.
         directory: Where files lie; None: in a temporary directory, if anywhere.
         count: How many there will be.
+        dtype: One of `DTYPES`, in which matrices are kept.
         on_save_error: "raise", or "warn", and keep in memory what cannot be written.
     """
 
-    def __init__(self, storage, directory, count, on_save_error):
+    def __init__(self, storage, directory, count, dtype, on_save_error):
         self.storage, self.directory, self.count = storage, directory, count
-        self.on_save_error = on_save_error
+        self.dtype, self.on_save_error = dtype, on_save_error
         self.records: list[dict] = []
         self.arrays: list[list | None] = []  # of each, or None if it lies in a file alone
         self.numbers: list[int | None] = []  # of each in the store
@@ -52,7 +55,7 @@ class Shelf:
             self.store.close()
 
     def put(self, record, arrays) -> None:
-        number = None
+        arrays, number = [narrowed(array, self.dtype) for array in arrays], None
         if self.directory is not None or self._is_large(arrays):
             number = self._saved(record, arrays)
         is_held = number is None or self.storage == "ram" or not self._is_large(arrays)
@@ -113,6 +116,16 @@ class Shelf:
             allowed = f"where the snapshot of cycle {one['record']['cycle']} lies that the backup speaks of ({error})"
             checks.refuse("directory", allowed, self.directory)
         self.arrays[i] = None if self._is_large(found) else found
+
+
+def narrowed(array, dtype):
+    """A matrix of floats in a narrower type, if it can be in it; anything else as it is."""
+    narrow = DTYPES[dtype]
+    if narrow is None or array.ndim < 2 or "float" not in array.dtype.name or array.itemsize <= narrow.itemsize:
+        return array
+    with np.errstate(over="ignore"):
+        found = array.astype(narrow)
+    return found if np.array_equal(np.isfinite(found.astype(array.dtype)), np.isfinite(array)) else array
 
 
 def free_memory() -> float:

@@ -9,7 +9,6 @@ import os
 import warnings
 
 import keras
-import ml_dtypes
 import numpy as np
 
 from kopt import _keras, checks, ensemble, schedules, scores, weights
@@ -20,9 +19,7 @@ from kopt.callbacks import drive, report
 from kopt.callbacks.backup import BackupAndRestore
 from kopt.callbacks.polyak import PolyakAveraging
 from kopt.callbacks.schedule import Driving
-from kopt.callbacks.shelf import Shelf
-
-DTYPES = {"float32": None, "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+from kopt.callbacks.shelf import DTYPES, Shelf
 
 
 class SnapshotEnsemble(Driving):
@@ -65,6 +62,7 @@ class SnapshotEnsemble(Driving):
         dtype: "float32": as they are. "float16" or "bfloat16": matrices take half the memory; vectors, such as the
             statistics of batch normalization, and what float16 cannot hold, stay as they are.
         validation_data: What snapshots and ensemble are judged on, without sample weights; by default that of `fit`.
+            What each snapshot predicts on it stays in memory.
         verbose: 0 says nothing, 1 a line for each snapshot and a table in the end.
         combine: What the outputs are, as for `kopt.Ensemble`.
         on_save_error: "raise" ends the training when a snapshot cannot be written, for instance because the disk is
@@ -170,6 +168,7 @@ class SnapshotEnsemble(Driving):
             self._check_list(fit.callbacks)
             self._begin(fit)
         except BaseException:
+            self.let_go()
             self._training.clear()
             raise
 
@@ -185,9 +184,7 @@ class SnapshotEnsemble(Driving):
         place = self.directory
         if place is not None and self.fits:
             place = os.path.join(place, f"fit-{len(self.fits) + 1}")
-        if self._shelf is not None:
-            self._shelf.close()
-        self._shelf = Shelf(self.storage, place, self.cycles, self.on_save_error)
+        self._shelf = Shelf(self.storage, place, self.cycles, self.dtype, self.on_save_error)
         self._report = self._reporter(fit.validation_data)
         backs_up = any(isinstance(one, (BackupAndRestore, keras.callbacks.BackupAndRestore)) for one in fit.callbacks)
         if place is not None and fit.callbacks and not backs_up:
@@ -235,7 +232,7 @@ class SnapshotEnsemble(Driving):
         rate = drive.read(self.drives(first)["learning_rate"].last)
         averaging = self._averaging if self._averaging is not None and self._averaging.updates_ else None
         with averaging.applied() if averaging else contextlib.nullcontext():
-            arrays = [narrowed(array, self.dtype) for array in weights.arrays(model.variables)]
+            arrays = weights.arrays(model.variables)
         if self.topology == "star" and not len(self._shelf):
             arrays += weights.arrays(_slots(model.optimizer))
         record = {"cycle": self.ends.index(epoch) + 1, "epoch": epoch, "learning_rate": rate}
@@ -250,8 +247,7 @@ class SnapshotEnsemble(Driving):
         super().on_train_end(logs)
         if not was_begun:
             return
-        self.fits.append(self._epoch + 1 if self._epoch is not None else self.params["epochs"])
-        self._shelf.close()
+        self.fits.append(self._epoch + 1)
         if not len(self._shelf):
             ended = f"`fit` ended after epoch {self.fits[-1]}, before the first cycle, at {self.ends[0]}"
             warnings.warn(f"{self.name} has taken no snapshot: {ended}.", stacklevel=2)
@@ -261,11 +257,16 @@ class SnapshotEnsemble(Driving):
             for text in report.warnings_of(found):
                 warnings.warn(text, stacklevel=2)
 
+    def let_go(self):
+        if self._shelf is not None:
+            self._shelf.close()
+
     def get_state(self):
-        return {"snapshots": self._shelf.state() if self._shelf else []}
+        return {"snapshots": self._shelf.state() if self._shelf else [], "epoch": self._epoch}
 
     def set_state(self, state):
         self._shelf.restore(state["snapshots"])
+        self._epoch = state["epoch"]
 
     def _say(self, text, in_epoch=False) -> None:
         shown = (self.params or {}).get("verbose", 1)
@@ -457,16 +458,6 @@ def waves(lengths, high: float, low: float):
         for length, alike in itertools.groupby(lengths)
     ]
     return functools.reduce(operator.rshift, [part.lasting(epochs=epochs) for part, epochs in parts])
-
-
-def narrowed(array, dtype):
-    """A matrix of floats in a narrower type, if it can be in it; anything else as it is."""
-    narrow = DTYPES[dtype]
-    if narrow is None or array.ndim < 2 or "float" not in array.dtype.name or array.itemsize <= narrow.itemsize:
-        return array
-    with np.errstate(over="ignore"):
-        found = array.astype(narrow)
-    return found if np.array_equal(np.isfinite(found.astype(array.dtype)), np.isfinite(array)) else array
 
 
 def mean_of(arrays):
