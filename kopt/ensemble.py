@@ -1,5 +1,6 @@
 """Several models as one."""
 
+import copy
 import os
 
 import keras
@@ -14,8 +15,6 @@ OF_NUMBERS = (
     *("meansquarederror", "meanabsoluteerror", "meanabsolutepercentageerror", "meansquaredlogarithmicerror"),
     *("huber", "logcosh", "mse", "mae", "mape", "msle"),
 )
-
-
 WAYS = "probabilities", "logits", "mean", "binary_probabilities", "binary_logits"
 
 
@@ -56,21 +55,22 @@ class Way:
             return ops.sigmoid((logs - ops.log(ops.maximum(1 - p, scores.LEAST))) / temperature)
         return ops.softmax(logs / temperature, -1)
 
-    def judge(self, targets, shape):
+    def judge(self, targets, shape, ignored=None):
         """Who judges this output by the true one.
 
         Args:
             targets: The true numbers, or the classes: their numbers, or rows of 0 and 1.
             shape: That of a prediction.
+            ignored: The class that the loss ignores.
         """
         targets = np.asarray(targets)
         if self.is_numbers:
             return scores.Numbers(targets.reshape(shape))
         if self.is_binary:
-            return scores.Classes(targets.reshape(shape).reshape(-1) > 0.5)
+            return scores.Classes(targets.reshape(shape).reshape(-1) > 0.5, 2)
         is_sparse = targets.shape != tuple(shape)
         labels = targets.reshape(shape[:-1]) if is_sparse else targets.argmax(-1)
-        return scores.Classes(labels.reshape(-1))
+        return scores.Classes(labels.reshape(-1), shape[-1], ignored)
 
     def judged(self, values, lead=0):
         """What a judge looks at: NumPy values as they are, or rows of probabilities; the first axes may be others."""
@@ -267,7 +267,8 @@ class Ensemble(keras.Model):
     @classmethod
     def from_config(cls, config):
         configs, places = config["models"]["configs"], config["models"]["places"]
-        models = [keras.saving.deserialize_keras_object(configs[place]) for place in places]
+        own = [copy.deepcopy(configs[place]) for place in places]  # Keras takes apart what it is given
+        models = [keras.saving.deserialize_keras_object(one) for one in own]
         return cls(**{**config, "models": models})
 
 
@@ -365,6 +366,13 @@ def check_combine(name, value):
     if not several or any(not isinstance(one, str) or one not in WAYS for one in several):
         checks.refuse(name, f"'auto', or {', '.join(map(repr, WAYS))}, or these for several outputs", value)
     return value
+
+
+def ignored_of(model) -> list:
+    """The class that the loss of each output ignores, or None."""
+    if not model.compiled:
+        return [None] * len(names_of(model) or [1])
+    return [getattr(loss, "ignore_class", None) for loss in _spread("loss", model.loss, names_of(model))]
 
 
 def names_of(model) -> list[str] | None:

@@ -18,32 +18,47 @@ class Classes:
     """Judges probabilities of classes by the true ones.
 
     Args:
-        labels: The number of the true class of each row.
+        labels: The number of the true class of each row. Rows with another number than those of the classes do not
+            count.
+        count: How many classes there are.
+        ignored: The number of one that does not count either.
     """
 
     score = "accuracy"
     sign = 1  # a higher score is better
 
-    def __init__(self, labels):
-        self.labels = np.asarray(labels).astype("int64")
+    def __init__(self, labels, count, ignored=None):
+        labels = np.asarray(labels).astype("int64")
+        counts = (labels >= 0) & (labels < count) & (labels != ignored)
+        self.rows = slice(None) if counts.all() else np.flatnonzero(counts)
+        self.labels = labels[self.rows]
 
-    def _true(self, p):
-        return np.maximum(np.take_along_axis(p, self.labels[:, None], -1)[:, 0].astype("float64"), LEAST)
+    def __len__(self):
+        """How many rows count."""
+        return len(self.labels)
+
+    def counted(self, p):
+        """The rows that count."""
+        return p[..., self.rows, :]
 
     def points(self, p):
         """What each row is worth: 1 if the most probable class is the true one, 0 if not."""
-        return (p.argmax(-1) == self.labels).astype("float64")
+        p = self.counted(p)
+        return ((p.argmax(-1) == self.labels) & np.isfinite(p).all(-1)).astype("float64")
 
     def loss(self, p) -> float:
         """The mean negative log-likelihood."""
-        return float(-np.log(self._true(p)).mean())
+        true = np.take_along_axis(self.counted(p), self.labels[:, None], -1)[:, 0]
+        return float(-np.log(np.maximum(true.astype("float64"), LEAST)).mean())
 
     def scores(self, p) -> dict[str, float]:
         return {"accuracy": float(self.points(p).mean()), "nll": self.loss(p), "ece": self.calibration_error(p)}
 
     def calibration_error(self, p) -> float:
         """How far the confidence is from the accuracy: the mean over bins of equal width."""
-        confidence, points = p.max(-1), self.points(p)
+        confidence, points = self.counted(p).max(-1), self.points(p)
+        if not np.isfinite(confidence).all():
+            return math.nan
         bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
         off = np.bincount(bins, points - confidence, BINS)
         return float(np.abs(off).sum() / len(points))
@@ -63,11 +78,13 @@ class Classes:
         `correlation`: of the probabilities of two of them. `gap`: how much less the loss of their mean is than the mean
         of their losses.
         """
+        members = self.counted(members)
         named, count = members.argmax(-1), members.shape[-1]
         votes = np.stack([(named == label).sum(0) for label in range(count)])
         m = len(members)
         agreeing = (votes * (votes - 1)).sum(0) / (m * (m - 1))
-        gap = np.mean([self.loss(p) for p in members]) - self.loss(members.mean(0))
+        judge = Classes(self.labels, count)
+        gap = np.mean([judge.loss(p) for p in members]) - judge.loss(members.mean(0))
         return {
             "disagreement": float(1 - agreeing.mean()),
             "correlation": mean_correlation(members),
@@ -80,8 +97,10 @@ class Classes:
         return bool(self.diversity(members)["disagreement"] < 0.3 * wrong)
 
     def temperature(self, p) -> float:
-        """The temperature with the least loss; the loss is convex in its inverse."""
-        logs = np.log(np.maximum(p.astype("float64"), LEAST))
+        """The temperature with the least loss; the loss is convex in its inverse. Where there is none, 1."""
+        logs = np.log(np.maximum(self.counted(p).astype("float64"), LEAST))
+        if not np.isfinite(logs).all():
+            return 1.0
         low, high = 1 / HOTTEST, HOTTEST
         for _ in range(60):
             middle = math.sqrt(low * high)
@@ -104,6 +123,9 @@ class Numbers:
     def __init__(self, values):
         self.values = np.asarray(values, "float64")
         self.rows = self.values.reshape(len(self.values), -1)
+
+    def __len__(self):
+        return len(self.rows)
 
     def _off(self, predicted):
         return predicted.reshape(self.rows.shape).astype("float64") - self.rows
@@ -191,16 +213,18 @@ def chosen(members, judges) -> list[int]:
     """How often to take each member: greedily, with replacement, by the loss of their mean (Caruana et al., 2004).
 
     The first is the best one, and what is taken is the best of all stages, so that it is never worse than that one.
+    Nothing is chosen where no loss is finite.
 
     Args:
         members: The predictions for each output, with the members in front.
         judges: Who judges each output, or None.
     """
-    members, judges = zip(*((one, judge) for one, judge in zip(members, judges, strict=True) if judge), strict=True)
     m = len(members[0])
-    counts, best = [0] * m, (math.inf, [0] * m)
+    members = [one for one, judge in zip(members, judges, strict=True) if judge]
+    judges = [judge for judge in judges if judge]
+    counts, best = [0] * m, (math.inf, [])
     totals = [0.0] * len(members)
-    for taken in range(1, 5 * m + 1):
+    for taken in range(1, 5 * m + 1) if judges else ():
         losses = [
             sum(judge.loss((total + one[i]) / taken) for judge, total, one in zip(judges, totals, members, strict=True))
             for i in range(m)

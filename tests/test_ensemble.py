@@ -1,5 +1,6 @@
 """Several models as one: the mean of what they predict, in every mode, before and after it is saved."""
 
+import copy
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from keras import layers, ops
 
 import kopt
-from kopt import scores
+from kopt import scores, weights
 from tests.conftest import BACKEND, FLOATX
 
 pytestmark = pytest.mark.skipif(FLOATX != "float32", reason="models compute in float32 here")
@@ -166,7 +167,7 @@ def functional(seed, as_dict):
 
 
 @pytest.mark.parametrize("as_dict", [True, False], ids=["dict", "list"])
-def test_several_outputs_are_kept_apart(as_dict):
+def test_several_outputs_are_kept_apart(as_dict, tmp_path):
     models = [functional(seed, as_dict) for seed in range(2)]
     ensemble, x = kopt.Ensemble(models), {"a": X, "b": X[::-1]}
     y = {"kind": LABELS, "size": NUMBERS[:, :1]}
@@ -179,6 +180,11 @@ def test_several_outputs_are_kept_apart(as_dict):
         assert sorted(unsure[place])[0] == {"kind": "disagreement", "size": "std"}[name]
     names = ensemble.evaluate(x, y, verbose=0, return_dict=True)
     assert {"kind_loss", "size_loss", "kind_accuracy"} <= names.keys()
+    twins = kopt.Ensemble([models[0], weights.copy_of(models[0], compiled=False)])  # with one config for both
+    twins.save(tmp_path / "e.keras")
+    for again in (keras.models.load_model(tmp_path / "e.keras"), keras.models.clone_model(twins), copy.deepcopy(twins)):
+        assert len(again.models) == 2
+    assert np.array_equal(again.members(x)["size" if as_dict else 0], twins.members(x)["size" if as_dict else 0])
 
 
 def test_uncertainty():

@@ -16,7 +16,7 @@ RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(4, 200, 3)) * 2
 P = scores.softmax(LOGITS)
 LABELS = RNG.integers(0, 3, 200)
-JUDGE = scores.Classes(LABELS)
+JUDGE = scores.Classes(LABELS, 3)
 NUMBERS, VALUES = RNG.normal(size=(4, 50, 2)), RNG.normal(size=(50, 2))
 
 
@@ -64,7 +64,7 @@ def test_one_beside_another():
 def test_the_temperature_has_the_least_loss():
     logits = RNG.normal(size=(300, 4))
     logits[np.arange(300), LABELS.repeat(2)[:300]] += 1
-    judge = scores.Classes(LABELS.repeat(2)[:300])
+    judge = scores.Classes(LABELS.repeat(2)[:300], 4)
     for scale in (0.3, 1.0, 4.0):
         p = scores.softmax(logits * scale)
         found = judge.temperature(p)
@@ -109,7 +109,7 @@ def test_what_is_chosen_is_never_worse_than_the_best(seed):
     rng = np.random.default_rng(seed)
     members = scores.softmax(rng.normal(size=(5, 60, 3)) * rng.uniform(0.1, 3, size=(5, 1, 1)))
     members[4] = np.nan  # who has failed is not taken
-    judge = scores.Classes(rng.integers(0, 3, 60))
+    judge = scores.Classes(rng.integers(0, 3, 60), 3)
     counts = scores.chosen([members], [judge])
     assert counts[4] == 0
     mean = np.average(members[:4], axis=0, weights=counts[:4])
@@ -121,4 +121,4 @@ def test_what_is_chosen_of_two_that_complete_each_other():
     labels = np.zeros(10, int)
     good, bad = [0.8, 0.2], [0.4, 0.6]
     members = np.array([[good] * 5 + [bad] * 5, [bad] * 5 + [good] * 5, [bad] * 10])
-    assert scores.chosen([members], [scores.Classes(labels)]) == [1, 1, 0]
+    assert scores.chosen([members], [scores.Classes(labels, 2)]) == [1, 1, 0]

@@ -383,6 +383,100 @@ def test_what_multiplies_the_rate_does_so_here():
     np.testing.assert_allclose(monitor.history["learning_rate"], up * [*paper(0.1, 0, [2, 2], 2)], rtol=1e-5)
 
 
+def test_weights_that_are_not_finite_do_not_end_the_training():
+    model, snap = classifier(optimizer=kopt.SGD(1e30)), Snap(2)
+    model.fit(X, LABELS, epochs=2, verbose=0, validation_split=0.5, callbacks=[snap])
+    assert np.isnan(snap.results_[0]["ensemble"]["nll"])
+    with pytest.raises(ValueError, match="`select` must be None where no snapshot has a finite loss"):
+        snap.build(select="greedy")
+
+
+def test_what_cannot_be_judged_does_not_end_the_training(capsys):
+    model, snap = network("sgd"), Snap(2, 0.01, validation_data=Late())
+    with pytest.warns(UserWarning, match="cannot judge the snapshots"):
+        model.fit(X, Y, epochs=2, verbose=2, callbacks=[snap])
+    assert len(snap.snapshots_) == 2
+    assert "cycle 2 of 2" in capsys.readouterr().out
+
+
+class Late(keras.utils.PyDataset):
+    """Data that ends badly when they are read for the second time."""
+
+    reads = 0
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, i):
+        self.reads += 1
+        if self.reads > 1:
+            raise OSError("the disk is gone")
+        return X, Y
+
+
+@pytest.mark.parametrize("ignored", [-1, 1, 255])
+def test_what_the_loss_ignores_does_not_count(ignored):
+    labels = np.where(np.arange(24) % 3 == 1, ignored, LABELS)
+    loss = keras.losses.SparseCategoricalCrossentropy(ignore_class=ignored)
+    kept = labels != ignored
+    model, snap = classifier(loss=loss), Snap(2, verbose=0, validation_data=(X, labels))
+    model.fit(X, labels, epochs=2, verbose=0, callbacks=[snap])
+    p = snap.ensemble.predict(X, verbose=0)
+    found = snap.results_[0]["ensemble"]
+    assert snap.results_[0]["rows"] == kept.sum()
+    assert math.isclose(found["accuracy"], (p.argmax(-1) == labels)[kept].mean())
+    assert math.isclose(found["nll"], -np.log(p[kept, labels[kept]]).mean(), rel_tol=1e-5)
+
+
+def test_a_model_that_is_built_in_the_first_step():
+    model, snap = keras.Sequential([layers.Dense(3), layers.Dense(2)]), Snap(2, verbose=0)
+    model.compile("sgd", loss="mse")
+    model.fit(X, Y, epochs=2, verbose=0, callbacks=[snap, kopt.callbacks.WarmUp(epochs=1)])
+    assert snap.ensemble.members(X).shape == (2, 24, 2)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="strategies are TensorFlow's")
+def test_on_two_devices():
+    import tensorflow as tf
+
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        model = classifier()
+    snap = Snap(2, verbose=0)
+    model.fit(X, LABELS, batch_size=8, epochs=2, verbose=0, validation_data=(X, LABELS), callbacks=[snap])
+    (found,) = snap.results_
+    assert found["rows"] == len(X)
+    p = snap.ensemble.predict(X, verbose=0)
+    assert math.isclose(found["ensemble"]["accuracy"], (p.argmax(-1) == LABELS).mean())
+
+
+def test_narrow_predictions_are_judged_in_float32():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model, snap = classifier(), Snap(2, verbose=0)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    model.fit(X, LABELS, batch_size=8, epochs=2, verbose=0, validation_data=(X, LABELS), callbacks=[snap])
+    loss = snap.ensemble.evaluate(X, LABELS, verbose=0)
+    assert math.isclose(snap.results_[0]["ensemble"]["nll"], loss, rel_tol=2**-8)  # bfloat16 has 8 bits
+    assert snap.build(select="greedy", temperature="fit").temperature > 0
+
+
+def test_cycles_before_the_first_epoch_are_missed():
+    model, snap = network("sgd"), Snap(2, 0.1, verbose=0)
+    with pytest.warns(UserWarning, match="no snapshot of the first 1 cycles: `fit` begins at epoch 3 of 4"):
+        model.fit(X, Y, epochs=4, initial_epoch=2, verbose=0, callbacks=[snap])
+    assert [one["cycle"] for one in snap.snapshots_] == [2]
+
+
+def test_data_of_unknown_length_are_refused():
+    def forever():
+        while True:
+            yield X, Y
+
+    with pytest.raises(ValueError, match="`steps_per_epoch` must be given"):
+        network("sgd").fit(forever(), epochs=2, shuffle=False, verbose=0, callbacks=[Snap(2)])
+
+
 class Scheduled:
     """Makes the optimizer's rate a schedule."""
 
@@ -493,6 +587,8 @@ def test_a_program_that_is_started_again_finds_what_there_is(tmp_path, capsys):
     assert np.array_equal(second.ensemble.members(X), first.ensemble.members(X))
     with pytest.raises(ValueError, match="another model or optimizer"):
         train(hidden=4)
+    with pytest.raises(ValueError, match=r"`cycles` must be such that cycles end after epochs \[2, 4\], as in"):
+        train(epochs=6)
     os.remove(tmp_path / "kopt-00000001.data")
     with pytest.raises(ValueError, match="`directory` must be where the snapshot of cycle 1 lies"):
         train()

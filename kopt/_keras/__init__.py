@@ -298,6 +298,14 @@ def compile_like(twin, model, but=()) -> None:
         twin.optimizer.build(twin.trainable_variables)
 
 
+def predicted(model, x):
+    """What a model predicts for one batch."""
+    strategy = getattr(model, "distribute_strategy", None)
+    if getattr(strategy, "num_replicas_in_sync", 1) > 1:  # where `predict_on_batch` predicts as often for each row
+        return model.predict(x, verbose=0)
+    return model.predict_on_batch(x)
+
+
 @contextlib.contextmanager
 def without_optimizers(models):
     """The models as if they had not been compiled, for a file that holds them all."""

@@ -170,6 +170,10 @@ class BackupAndRestore(Callback):
         if fit.is_inner:
             checks.refuse("callbacks", "others than those of the `fit` around this one", self)
 
+    def _shown(self) -> str:
+        """What a message calls the directory."""
+        return self.run.store.directory
+
     def _place(self) -> str:
         """The directory of this `fit`: each has its own, so that a program of several finds the end of each again."""
         return os.path.join(self.directory, f"fit-{len(self.ends) + 1}") if self.ends else self.directory
@@ -185,7 +189,7 @@ class BackupAndRestore(Callback):
         if tree["stopped"] or run.epoch >= epochs:
             if run.store.directory in COMPLETED:
                 allowed = "another one for another training: in this process, one has been completed there"
-                checks.refuse("directory", allowed, run.store.directory)
+                checks.refuse("directory", allowed, self._shown())
             how = "had been stopped" if tree["stopped"] else "was complete"
             self._say(f"training {how} after epoch {run.epoch} of {epochs}; nothing to do. From {where}")
             run.fit.start_at(epochs)

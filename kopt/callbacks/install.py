@@ -103,7 +103,8 @@ class Installation:
                     step.install(part)
         for part in self.parts:
             for step in self.steps:
-                part.installed(step.optimizer)
+                with stepping.where_made(step.optimizer):
+                    part.installed(step.optimizer)
 
     def take_back(self) -> None:
         for undo in self.undo:

@@ -1,38 +1,51 @@
 """What snapshots are worth on data that is held out, each and together."""
 
 import itertools
+import math
 
 import keras
 import numpy as np
 
-from kopt import ensemble, scores
+from kopt import _keras, ensemble, scores
 from kopt.batches import pairs
 
 ROWS = 256  # of arrays, that are predicted at once
 
 
-def predicted(predict, data, names):
+def predicted(model, data, names):
     """What is predicted for all of the data, and the targets: an array for each output, in order.
 
     Args:
-        predict: A function of the inputs of a batch.
+        model: Who predicts.
         data: Pairs of inputs and targets, batch by batch.
         names: Of the outputs; targets may be given by name.
     """
     outputs, targets = [], []
     for x, y in data:
-        outputs.append(keras.tree.flatten(predict(x)))
+        outputs.append(keras.tree.flatten(_keras.predicted(model, x)))
         targets.append([y.get(name) for name in names] if isinstance(y, dict) and names else keras.tree.flatten(y))
-    together = lambda parts: None if parts[0] is None else np.concatenate(parts)  # noqa: E731
-    return [[together(parts) for parts in zip(*found, strict=True)] for found in (outputs, targets)]
+    return [[_together(parts) for parts in zip(*found, strict=True)] for found in (outputs, targets)]
 
 
-def judged(ways, members, targets) -> list[tuple]:
-    """For each output: who judges it, and what he looks at, with the members in front; nobody without a target."""
-    found, ways = [], ways if isinstance(ways, list) else [ways] * len(members)
-    for name, values, target in zip(ways, members, targets, strict=True):
+def _together(parts):
+    """One array, of 32 bits or more where it has floats."""
+    if parts[0] is None:
+        return None
+    whole = np.concatenate(parts)
+    return whole.astype("float32") if whole.dtype.name in ("float16", "bfloat16") else whole
+
+
+def judged(model, ways, members, targets) -> list[tuple]:
+    """For each output: who judges it, and what he looks at, with the members in front; nobody where there is no target.
+
+    A judge for whom no row counts is false.
+    """
+    found, ignored = [], ensemble.ignored_of(model)
+    ways = ways if isinstance(ways, list) else [ways] * len(members)
+    ignored = ignored if len(ignored) == len(members) else [None] * len(members)
+    for name, values, target, one in zip(ways, members, targets, ignored, strict=True):
         way = ensemble.Way(name, values.shape)
-        judge = None if target is None else way.judge(target, values.shape[1:])
+        judge = None if target is None else way.judge(target, values.shape[1:], one)
         found.append((judge, way.judged(values, lead=1)))
     return found
 
@@ -41,19 +54,19 @@ class Report:
     """Compares snapshots and their ensemble.
 
     Args:
+        model: The model that is trained.
         ways: How each output is combined.
-        names: What the outputs are called, or None.
         data: As for `evaluate`.
     """
 
-    def __init__(self, ways, names, data):
-        self.ways, self.names, self.data = ways, names, data
+    def __init__(self, model, ways, data):
+        self.model, self.ways, self.names, self.data = model, ways, ensemble.names_of(model), data
         self.members: list[list] = []  # what each predicts
         self.targets = None
 
-    def see(self, model) -> None:
+    def see(self) -> None:
         """Take in the next member, whose weights are in the model."""
-        found, self.targets = predicted(model.predict_on_batch, pairs(self.data, ROWS), self.names)
+        found, self.targets = predicted(self.model, pairs(self.data, ROWS), self.names)
         self.members.append(found)
 
     def results(self) -> list[dict]:
@@ -62,20 +75,20 @@ class Report:
 
     def _results(self, values, targets):
         names = self.names if len(values) > 1 and self.names else range(len(values))
-        found = zip(names, judged(self.ways, values, targets), strict=True)
+        found = zip(names, judged(self.model, self.ways, values, targets), strict=True)
         return [{"output": name if len(values) > 1 else None} | result(*one) for name, one in found if one[0]]
 
-    def check(self, model) -> None:
+    def check(self) -> None:
         """See that the first batch can be judged, before anything is trained."""
         first = itertools.islice(pairs(self.data, 2), 1)
-        values, targets = predicted(model.predict_on_batch, first, self.names)
+        values, targets = predicted(self.model, first, self.names)
         self._results([one[None] for one in values], targets)
 
 
 def result(judge, members) -> dict:
     """What there is to say of the members of an ensemble, and of all together, of one output."""
     of_each, together = [judge.scores(one) for one in members], members.mean(0)
-    found = {"members": of_each, "ensemble": judge.scores(together), "rows": len(members[0])}
+    found = {"members": of_each, "ensemble": judge.scores(together), "rows": len(judge)}
     if isinstance(judge, scores.Classes):
         temperature = judge.temperature(together)
         found |= {
@@ -135,9 +148,9 @@ def _gain(found, records, is_classes) -> str:
     scale, unit, test = (100, "points", "McNemar's test") if is_classes else (1, "of squared error", "sign test")
     gain, low, high = (scale * over[name] for name in ("gain", "low", "high"))
     form = "{:+.2f}" if is_classes else "{:+.4g}"
-    bounds = f"{form.format(low)} to {form.format(high)}"
+    bounds = f" (95 %: {form.format(low)} to {form.format(high)})" if math.isfinite(low) else ""
     against = f"  against the best member (cycle {cycle}): {form.format(gain)} {unit}"
-    return f"{against} (95 %: {bounds}), p = {over['p']:.2g} ({test})"
+    return f"{against}{bounds}, p = {over['p']:.2g} ({test})"
 
 
 def _diversity(found) -> str:

@@ -41,8 +41,9 @@ class SnapshotEnsemble(Driving):
     has the weights of its last step.
 
     With a `directory`, snapshots lie in it, and a program that was killed and is started again goes on from the last
-    one, to the bit, as with `BackupAndRestore`, which does it: its state is in `training` there. To go on from a later
-    moment, give `fit` a `BackupAndRestore` of your own. A second `fit` has a directory of its own in there, `fit-2`.
+    one, to the bit, as with `BackupAndRestore`, which does it (and puts arrays in an order of its own): its state is in
+    `training` there. To go on from a later moment, give `fit` a `BackupAndRestore` of your own. A second `fit` has a
+    directory of its own in there, `fit-2`.
 
     Attributes:
         snapshots_: What there is: a dict for each with `cycle`, `epoch` (how many were done) and `learning_rate`.
@@ -135,6 +136,9 @@ class SnapshotEnsemble(Driving):
         epochs = (self.params or {}).get("epochs") or 0
         if epochs < self.cycles:
             checks.refuse("cycles", f"at most the epochs of `fit`, which are {epochs}", self.cycles)
+        if not ((self.params or {}).get("steps") or 0) > 0:
+            allowed = "given where the data do not say how many batches an epoch has"
+            checks.refuse("steps_per_epoch", allowed, None)
         self._trained, self._made = model, None
         self._ways = ensemble.resolved(self.combine, model)
 
@@ -199,9 +203,9 @@ class SnapshotEnsemble(Driving):
         try:
             if data is None and of_fit is not None:
                 data = check_batches(name, of_fit, True)
-            found = None if data is None else report.Report(self._ways, ensemble.names_of(self._trained), data)
+            found = None if data is None else report.Report(self._trained, self._ways, data)
             if found and self._trained.built:
-                found.check(self._trained)
+                found.check()
         except (ValueError, TypeError, IndexError) as error:
             if self.validation_data is not None:
                 raise ValueError(f"`{name}` must be such that outputs can be judged by it: {error}") from error
@@ -210,7 +214,12 @@ class SnapshotEnsemble(Driving):
         return found
 
     def on_epoch_begin(self, epoch, logs=None):
+        is_first = self._epoch is None
         super().on_epoch_begin(epoch, logs)
+        missing = sum(end <= epoch for end in self.ends) - len(self._shelf)
+        if is_first and missing:
+            why = f"`fit` begins at epoch {epoch + 1} of {self.ends[-1]}, over which the cycles are laid"
+            warnings.warn(f"{self.name} will have no snapshot of the first {missing} cycles: {why}.", stacklevel=2)
         if self.topology == "star" and epoch in self.ends and len(self._shelf):
             self._begin_at(self._shelf.get(0))
 
@@ -238,8 +247,7 @@ class SnapshotEnsemble(Driving):
         record = {"cycle": self.ends.index(epoch) + 1, "epoch": epoch, "learning_rate": rate}
         self._shelf.put(record, arrays)
         self._made = None
-        found = self._results()
-        said = "".join(f"; {report.line(one)}" for one in found)
+        said = "".join(f"; {report.line(one)}" for one in self._judged())
         self._say(f"cycle {record['cycle']} of {self.cycles}, epoch {epoch}, rate {rate:.2g}{said}", True)
 
     def on_train_end(self, logs=None):
@@ -252,19 +260,23 @@ class SnapshotEnsemble(Driving):
             ended = f"`fit` ended after epoch {self.fits[-1]}, before the first cycle, at {self.ends[0]}"
             warnings.warn(f"{self.name} has taken no snapshot: {ended}.", stacklevel=2)
             return
-        self._say("\n".join([f"{len(self._shelf)} snapshots", *self._lines()]))
-        for found in self._results():
-            for text in report.warnings_of(found):
-                warnings.warn(text, stacklevel=2)
+        found = self._judged()
+        self._say(self._table(found))
+        for text in (text for one in found for text in report.warnings_of(one)):
+            warnings.warn(text, stacklevel=2)
 
     def let_go(self):
         if self._shelf is not None:
             self._shelf.close()
 
     def get_state(self):
-        return {"snapshots": self._shelf.state() if self._shelf else [], "epoch": self._epoch}
+        taken = self._shelf.state() if self._shelf else []
+        return {"snapshots": taken, "epoch": self._epoch, "ends": self.ends if self.params else []}
 
     def set_state(self, state):
+        if state["ends"] != self.ends:
+            allowed = f"such that cycles end after epochs {state['ends']}, as in the backup, and not after {self.ends}"
+            checks.refuse("cycles", allowed, self.cycles)
         self._shelf.restore(state["snapshots"])
         self._epoch = state["epoch"]
 
@@ -294,8 +306,17 @@ class SnapshotEnsemble(Driving):
             return []
         while len(self._report.members) < len(self._shelf):
             with self._holding(len(self._report.members)):
-                self._report.see(self._trained)
+                self._report.see()
         return self._report.results()
+
+    def _judged(self) -> list[dict]:
+        """The same within a `fit`, which goes on if it cannot be said."""
+        try:
+            return self._results()
+        except Exception as error:
+            warnings.warn(f"{self.name} cannot judge the snapshots: {error!r}", stacklevel=2)
+            self._report = None
+            return []
 
     @contextlib.contextmanager
     def _holding(self, i):
@@ -316,14 +337,13 @@ class SnapshotEnsemble(Driving):
 
     def summary(self) -> None:
         """Print what the validation data say of each snapshot and of all together."""
-        self._check_any()
-        print("\n".join([f"{self.name}: {len(self._shelf)} snapshots", *self._lines()]))
+        print(f"{self.name}: {self._table(self.results_)}")
 
-    def _lines(self) -> list[str]:
-        found = self._results()
-        if not found:
-            return [f"  cycle {one['cycle']}, epoch {one['epoch']}" for one in self.snapshots_]
-        return [line for one in found for line in report.table(one, self.snapshots_)]
+    def _table(self, found) -> str:
+        count = len(self._shelf)
+        lines = [line for one in found for line in report.table(one, self.snapshots_)]
+        without = [f"  cycle {one['cycle']}, epoch {one['epoch']}" for one in self.snapshots_]
+        return "\n".join([f"{count} snapshot{'s' * (count > 1)}", *(lines or without)])
 
     # What is made of it
 
@@ -351,15 +371,17 @@ class SnapshotEnsemble(Driving):
             return made
         names = ensemble.names_of(self._trained)
         batches = pairs(judged_on, report.ROWS)
-        members, targets = report.predicted(made.side_by_side().predict_on_batch, batches, names)
+        members, targets = report.predicted(made.side_by_side(), batches, names)
         members = [np.swapaxes(one, 0, 1) for one in members]
-        judges, members = zip(*report.judged(made.combine, members, targets), strict=True)
+        judges, members = zip(*report.judged(self._trained, made.combine, members, targets), strict=True)
         counts = scores.chosen(members, judges) if select else [1] * len(made.models)
+        if not counts:
+            checks.refuse("select", "None where no snapshot has a finite loss on the data, or no row counts", select)
         fitted = None
         if temperature:
             means = [np.average(one, axis=0, weights=counts) for one in members]
             fitted = [
-                judge.temperature(mean) if isinstance(judge, scores.Classes) else None
+                judge.temperature(mean) if judge and isinstance(judge, scores.Classes) else None
                 for judge, mean in zip(judges, means, strict=True)
             ]
         taken = [(model, count) for model, count in zip(made.models, counts, strict=True) if count]
@@ -431,6 +453,9 @@ class AtCycles(BackupAndRestore):
 
     def _place(self):
         return self.directory
+
+    def _shown(self):
+        return self.snapshots.directory
 
     def ends_interval(self, epoch):
         return epoch + 1 in self.snapshots.ends
