@@ -3,6 +3,7 @@
 import inspect
 import types
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -184,9 +185,10 @@ def test_what_is_found_in_a_running_fit():
             found.append(running.Fit(self))
 
     model, looks = network("sgd"), Looks()
-    model.fit(X, Y, batch_size=8, epochs=2, verbose=0, callbacks=[looks])
+    model.fit(X, Y, batch_size=8, epochs=2, verbose=0, validation_data=(X, Y), callbacks=[looks])
     (fit,) = found
     assert looks in fit.callbacks
+    assert fit.validation_data[0] is X
     assert {"_async_train", "callbacks"} <= vars(fit.callback_list).keys()
     iterator, adapter = fit.epoch_iterator, fit.epoch_iterator.data_adapter
     own = {"_current_iterator", "_steps_seen", "_num_batches", "steps_per_epoch", "data_adapter"}
@@ -285,6 +287,40 @@ def test_the_direction_of_a_metric_is_told_by_its_name():
         assert callback.monitor_op is expected
         assert callback.monitor == "val_averaged_loss"
         assert callback.min_delta == (0.5 if expected is ops.greater else -0.5)
+
+
+@pytest.mark.parametrize("is_nested", [True, False], ids=["nested", "flat"])
+def test_which_layer_makes_an_output(is_nested):
+    last = keras.layers.Dense(2)
+    inner = keras.Sequential([keras.Input((4,)), last])
+    inputs = {"a": keras.Input((4,), name="a")}
+    outputs = {"b": inner(inputs["a"]) if is_nested else last(inputs["a"])}
+    model = keras.Model(inputs, outputs)
+    assert _keras.inputs_of(model).keys() == inputs.keys()
+    assert _keras.outputs_of(model).keys() == outputs.keys()
+    assert _keras.made_by(_keras.outputs_of(model)["b"]) is last
+    assert _keras.made_by(_keras.outputs_of(inner)) is last
+    assert _keras.outputs_of(keras.Sequential([last])) is None
+
+
+def test_a_model_without_its_optimizer_is_saved_and_trained_on(tmp_path):
+    model = network(keras.optimizers.Adam(0.25))
+    model.fit(X, Y, verbose=0)
+    with _keras.without_optimizers([model]):
+        model.save_weights(tmp_path / "m.weights.h5")
+    with h5py.File(tmp_path / "m.weights.h5") as file:
+        assert "optimizer" not in file
+    assert model.optimizer.iterations > 0
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="strategies are TensorFlow's")
+def test_predict_on_batch_still_repeats_rows_on_two_devices():
+    import tensorflow as tf
+
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        model = network("sgd")
+    assert len(model.predict_on_batch(X)) == 2 * len(X)
+    assert len(_keras.predicted(model, X)) == len(X)
 
 
 def test_validation_within_fit_is_a_call_of_evaluate_with_the_list_of_callbacks():

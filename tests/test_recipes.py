@@ -78,6 +78,38 @@ def test_polyak_refuses_before_it_trains(wrong, capsys):
     assert wrong[0] in capsys.readouterr().err
 
 
+def test_snapshot_ensemble(tmp_path, capsys):
+    args = ["--smoke", "--out", str(tmp_path)]
+    result = recipe("snapshot_ensemble").main(args)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["result.json", "snapshot_ensemble.png"]
+    assert json.loads((tmp_path / "result.json").read_text())["rows"] == result["rows"]
+    assert [row["arm"] for row in result["rows"]][4::5] == ["snapshots", "5 tuned singles"]
+    assert all(row["error"] < 60 for row in result["rows"])
+    assert "against the best member" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="a hundred trainings; the ensembles are the same on all backends")
+def test_snapshot_ensemble_claim():
+    """On a few seeds that the page has not; the difference to the tuned single takes `--check` and its 30."""
+    result = recipe("snapshot_ensemble").main(["--first-seed", "200", "--seeds", "12"])
+    of = {row["arm"]: row for row in result["rows"]}
+    assert of["tuned single"]["margin"] > 0
+    for arm in ("step schedule", "no cycles", "single cycles", "last snapshot", "soup"):
+        assert of[arm]["margin"] > 0
+        assert of[arm]["p"] < 0.05
+    assert of["5 tuned singles"]["margin"] < 0
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--seeds", "0"], ["--epochs", "9"], ["--check", "--seeds", "5"], ["--check", "--regime", "clean"]]
+)
+def test_snapshot_ensemble_refuses_before_it_trains(wrong, capsys):
+    with pytest.raises(SystemExit):
+        recipe("snapshot_ensemble").main(wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
 FENCES = re.compile(r"```python\n(.+?)```", re.DOTALL)
 
 
