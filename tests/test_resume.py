@@ -101,15 +101,6 @@ POINTS = {  # an operation of the disk, counted from the opening, which writes a
 }
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="the store is the same on all backends")
-def test_killed_at_every_kind_of_moment(trainings, tmp_path):
-    """One training, killed at one point after the other."""
-    for name, point in POINTS.items():
-        assert was_killed(trainings.run("steps", tmp_path, kill=point)), name
-    assert trainings.result(trainings.run("steps", tmp_path)) == trainings.reference("steps")
-
-
 AROUND_A_SNAPSHOT = {
     "before the first": {"hook": "on_train_batch_end", "number": 12},
     "before its file": {"operation": "create", "number": 2},
@@ -126,11 +117,12 @@ AROUND_A_SNAPSHOT = {
 
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the store is the same on all backends")
-def test_killed_around_snapshots(trainings, tmp_path):
-    """One training, killed at one point after the other: the same snapshots, the same ensemble."""
-    for name, point in AROUND_A_SNAPSHOT.items():
-        assert was_killed(trainings.run("star", tmp_path, kill=point)), name
-    assert trainings.result(trainings.run("star", tmp_path)) == trainings.reference("star")
+@pytest.mark.parametrize(("scenario", "points"), [("steps", POINTS), ("star", AROUND_A_SNAPSHOT)])
+def test_killed_at_every_kind_of_moment(trainings, tmp_path, scenario, points):
+    """One training, killed at one point after the other; with snapshots, they and their ensemble are the same."""
+    for name, point in points.items():
+        assert was_killed(trainings.run(scenario, tmp_path, kill=point)), name
+    assert trainings.result(trainings.run(scenario, tmp_path)) == trainings.reference(scenario)
 
 
 def done(answer):

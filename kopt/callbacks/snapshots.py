@@ -33,7 +33,7 @@ class SnapshotEnsemble(Driving):
 
     When to use it: where the gradients are noisy to the end (noisy labels, augmentation, small batches), so that what
     each cycle comes to is different, and cycles are long enough to come to rest. On small clean data, or with cycles
-    that are too short, a single training with one long decay is better; the lines that are printed tell.
+    that are too short, a single training with one long decay is as good, or better; what is printed helps to tell.
 
     Beside others: what multiplies the rate (`kopt.callbacks.WarmUp`) does so here, too; whatever else gives it a value
     of its own is refused. With `PolyakAveraging(on_train_end="averaged")` the snapshots are those of the averages.
