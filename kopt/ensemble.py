@@ -15,7 +15,7 @@ OF_NUMBERS = (
     *("meansquarederror", "meanabsoluteerror", "meanabsolutepercentageerror", "meansquaredlogarithmicerror"),
     *("huber", "logcosh", "mse", "mae", "mape", "msle"),
 )
-WAYS = "probabilities", "logits", "mean", "binary_probabilities", "binary_logits"
+WAYS = "probabilities", "logits", "binary_probabilities", "binary_logits", "mean"
 
 
 class Way:
@@ -38,6 +38,8 @@ class Way:
         if keras.backend.standardize_dtype(stacked.dtype) != "float64":
             stacked = ops.cast(stacked, "float32")
         temperature = 1.0 if temperature is None else temperature
+        counted = [i for i, share in enumerate(shares) if share]  # others count for nothing, not even if they are NaN
+        stacked, shares = ops.take(stacked, counted, axis=1), [shares[i] for i in counted]
         shape = (1, len(shares), *[1] * (len(stacked.shape) - 2))
         share = ops.reshape(ops.convert_to_tensor(shares, stacked.dtype), shape)
         if not self.is_logits:
@@ -86,9 +88,6 @@ class Way:
         elif self.is_logits:
             values = 1 / (1 + np.exp(-values.astype("float64")))
         return np.stack([1 - values, values], -1) if self.is_binary else values
-
-
-WAYS = "probabilities", "logits", "binary_probabilities", "binary_logits", "mean"
 
 
 @_keras.register
@@ -224,6 +223,13 @@ class Ensemble(keras.Model):
             "disagreement": np.tensordot(shares, differs.astype("float64"), 1),
         }
 
+    @property
+    def losses(self):
+        """The penalties of the models, of which the mean counts."""
+        if given := _keras.given_losses(self):
+            return given
+        return [share * one for model, share in zip(self.models, self.shares, strict=True) for one in model.losses]
+
     # What is not trained
 
     @property
@@ -233,6 +239,9 @@ class Ensemble(keras.Model):
     @property
     def non_trainable_variables(self):
         return self.variables
+
+    trainable_weights = trainable_variables
+    non_trainable_weights = non_trainable_variables
 
     def fit(self, *args, **kwargs):
         raise RuntimeError("An Ensemble is not trained: train its `models`, each by itself")
@@ -414,7 +423,7 @@ def _told(loss, layer, is_trained) -> str:
     activation = getattr(activation, "__name__", activation)
     if activation in ("softmax", "sigmoid"):
         return "probabilities" if activation == "softmax" else "binary_probabilities"
-    if is_trained and (loss is None or type(loss).__module__.startswith("keras.")):
+    if is_trained and "ctc" not in kinds and (loss is None or str(loss.__module__).startswith("keras.")):
         return "mean"
     allowed = ", ".join(map(repr, WAYS)) + ": neither a loss nor the last activation tells what the models predict"
     return checks.refuse("combine", f"one of {allowed}", "auto")

@@ -189,17 +189,23 @@ def mean_correlation(members) -> float:
     return float((np.square(flat.sum(0)).sum() - np.square(flat).sum()) / (m * (m - 1)))
 
 
-def compare(points, other) -> dict[str, float]:
+def compare(points, other, are_shares: bool) -> dict[str, float]:
     """By how much the one is better than the other, row by row.
 
-    `gain` with its 95 % interval from `low` to `high`, and `p`, of the exact sign test; where points are right or
-    wrong, that is McNemar's test.
+    `gain` with its 95 % interval from `low` to `high`, and `p`, of the exact sign test. Where points are right or
+    wrong, that is McNemar's test, and the interval is that of Bonett and Price (2012), for which there is one row more
+    of either kind: it says something even where no row differs.
     """
     better = points - other
-    n, gain = len(better), float(better.mean())
-    half = NORMAL * float(better.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
     p = sign_test(int((better > 0).sum()), int((better < 0).sum()))
-    return {"gain": gain, "low": gain - half, "high": gain + half, "p": p}
+    found = {"gain": float(better.mean()), "low": -math.inf, "high": math.inf, "p": p}
+    if are_shares:
+        better = np.append(better, [1, -1])
+    n, middle = len(better), float(better.mean())
+    if n > 1:
+        half = NORMAL * float(better.std(ddof=0 if are_shares else 1)) / math.sqrt(n)
+        found |= {"low": middle - half, "high": middle + half}
+    return found
 
 
 def sign_test(wins: int, losses: int) -> float:

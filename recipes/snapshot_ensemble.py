@@ -34,22 +34,30 @@ from kopt import scores
 TRAIN, BATCH = 300, 30
 STEPS = TRAIN // BATCH
 AT_ONCE = STEPS if keras.backend.backend() != "torch" else 1  # steps between two looks; Keras on torch has 1 only
-# `noise`: the share of the training labels that are drawn at random; `moving`: whether each image is moved by up to a
-# pixel and gets noise, otherwise in each epoch; `single` and `snapshots`: what `--tune` has found.
-REGIMES = {
-    "both": {"noise": 0.2, "moving": True, "epochs": 80, "single": ("step", 0.05), "snapshots": (0.1, 5)},
-    "noisy": {"noise": 0.2, "moving": False, "epochs": 40, "single": ("step", 0.01), "snapshots": (0.2, 8)},
-    "clean": {"noise": 0.0, "moving": False, "epochs": 60, "single": ("step", 0.1), "snapshots": (0.2, 10)},
-    "shifted": {"noise": 0.0, "moving": True, "epochs": 60, "single": ("cosine", 0.1), "snapshots": (0.1, 5)},
-    "long": {"noise": 0.0, "moving": True, "epochs": 200, "single": ("cosine", 0.1), "snapshots": (0.1, 5)},
+REGIMES = {  # `noise`: the share of the training labels that are drawn at random; `moving`: whether images are
+    # moved by up to a pixel and get noise, otherwise in each epoch.
+    "both": {"noise": 0.2, "moving": True, "epochs": 80},
+    "noisy": {"noise": 0.2, "moving": False, "epochs": 40},
+    "clean": {"noise": 0.0, "moving": False, "epochs": 60},
+    "shifted": {"noise": 0.0, "moving": True, "epochs": 60},
+    "long": {"noise": 0.0, "moving": True, "epochs": 200},
 }
+FOUND = {  # by `--tune`: a schedule and its rate; the rate to average at; the highest rate of cycles, and how many
+    "both": {"single": ("step", 0.05), "average": 0.05, "snapshots": (0.1, 5)},
+    "noisy": {"single": ("step", 0.01), "average": 0.01, "snapshots": (0.2, 8)},
+    "clean": {"single": ("step", 0.1), "average": 0.1, "snapshots": (0.2, 10)},
+    "shifted": {"single": ("cosine", 0.1), "average": 0.05, "snapshots": (0.1, 3)},
+}
+FOUND["long"] = FOUND["shifted"]
 NOISY = "both", "noisy"  # with all arms, on 30 seeds
 PAPER = "step", 0.1
-SINGLE, STEP, SINGLES, SNAPSHOTS = "tuned single", "step schedule", "single cycles", "snapshots"
+SINGLE, STEP, AVERAGE, SINGLES = "tuned single", "step schedule", "average", "single cycles"
+SNAPSHOTS = "snapshots"
 ARMS = {  # arm -> what it is
     SINGLE: "one training, with the best schedule and rate",
     STEP: "one training, with the paper's schedule: a tenth of the rate after 50 % and 75 %",
-    "no cycles": "the mean of that training's predictions at as many moments",
+    AVERAGE: "one training at a constant rate; the mean of its weights in the second half, by PolyakAveraging",
+    "no cycles": "the mean of what the tuned single predicts at as many moments",
     SINGLES: "as many short trainings as cycles, each from weights of its own",
     SNAPSHOTS: "SnapshotEnsemble(cycles)",
     "last snapshot": "the last of them alone",
@@ -58,9 +66,9 @@ ARMS = {  # arm -> what it is
     "soup": "soup()",
     "5 tuned singles": "the mean of five trainings of full length",
 }
-FEW = SINGLE, STEP, SINGLES, SNAPSHOTS, "last snapshot", "soup"  # in the other regimes
-RATES = 0.005, 0.01, 0.02, 0.05, 0.1  # of single trainings; what `--tune` tries
-PEAKS, CYCLES = (0.02, 0.05, 0.1, 0.2), (5, 8, 10)  # of snapshots
+FEW = SINGLE, STEP, AVERAGE, SINGLES, SNAPSHOTS, "last snapshot", "soup"  # in the other regimes
+RATES = 0.005, 0.01, 0.02, 0.05, 0.1, 0.2  # of single trainings; what `--tune` tries
+PEAKS, CYCLES = (0.02, 0.05, 0.1, 0.2), (3, 5, 8, 10)  # of snapshots
 TUNING_SEEDS = 12
 
 
@@ -165,6 +173,12 @@ class Task:
         fit(model, seed, self.rows(seed, epochs), epochs, *callbacks)
         return probabilities(model, self.x)
 
+    def average(self, rate):
+        model = network(rate)
+        averaging = kopt.callbacks.PolyakAveraging(kind="uniform", start_epoch=self.epochs // 2)
+        fit(model, self.seed, self.rows(self.seed, self.epochs), self.epochs, averaging)
+        return probabilities(model, self.x)
+
     def snapshots(self, rate, cycles):
         watch = Watch(self.x)
         snap = kopt.callbacks.SnapshotEnsemble(cycles, rate, validation_data=self.validation, verbose=0)
@@ -186,15 +200,17 @@ class Task:
 def train(seed, regime, epochs, arms):
     """The scores of every arm, from trainings of one seed; the curves of the snapshots, and their callback."""
     task = Task(seed, regime, epochs)
-    single, (peak, cycles) = REGIMES[regime]["single"], REGIMES[regime]["snapshots"]
+    settings = FOUND[regime]
+    single, (peak, cycles) = settings["single"], settings[SNAPSHOTS]
     snap, watch = task.snapshots(peak, cycles)
-    taken = [one["epoch"] for one in snap.snapshots_]
+    taken = [record["epoch"] for record in snap.snapshots_]
     lengths = np.diff([0, *taken]).tolist()
-    step = Watch(task.x)
+    one = Watch(task.x)
     found = {
-        SINGLE: task.single(*single),
-        STEP: task.single(*PAPER, 0, step),
-        "no cycles": np.mean([step.predicted[end - 1] for end in taken], axis=0),
+        SINGLE: task.single(*single, 0, one),
+        STEP: task.single(*PAPER),
+        AVERAGE: task.average(settings[AVERAGE]),
+        "no cycles": np.mean([one.predicted[end - 1] for end in taken], axis=0),
         SINGLES: np.mean([task.single("cosine", peak, i, epochs=n) for i, n in enumerate(lengths)], axis=0),
         SNAPSHOTS: probabilities(snap.ensemble, task.x),
         "last snapshot": watch.predicted[-1],
@@ -268,7 +284,7 @@ def told(of_each):
     return {
         "disagreement": float(np.mean([one["diversity"]["disagreement"] for one in of_each])),
         "alike": sum(one["alike"] for one in of_each),
-        "worse than the last": sum(one["over_last"]["gain"] < 0 for one in of_each),
+        "worse than the last": sum(one["worse"] for one in of_each),
     }
 
 
@@ -277,17 +293,23 @@ def tune(regime, epochs, seeds):
     tried = {}
     for kind in ("step", "cosine"):
         tried |= {("single", kind, rate): [] for rate in RATES}
+    tried |= {(AVERAGE, "constant", rate): [] for rate in RATES}
     tried |= {(SNAPSHOTS, peak, cycles): [] for peak in PEAKS for cycles in CYCLES if cycles <= epochs}
+    task = None
+    predict = {
+        "single": lambda *how: task.single(*how),
+        AVERAGE: lambda _, rate: task.average(rate),
+        SNAPSHOTS: lambda *how: probabilities(task.snapshots(*how)[0].ensemble, task.x),
+    }
     for seed in range(seeds):
         task = Task(seed, regime, epochs)
         for (arm, *how), errors in tried.items():
-            p = task.single(*how) if arm == "single" else probabilities(task.snapshots(*how)[0].ensemble, task.x)
-            errors.append(task.scores(p)["error"])
+            errors.append(task.scores(predict[arm](*how))["error"])
         print(f"seed {seed}", end="\n" if seed == seeds - 1 else ", ", flush=True)
     means = {setting: float(np.mean(errors)) for setting, errors in tried.items()}
-    best = [min((one for one in means if one[0] == arm), key=means.get) for arm in ("single", SNAPSHOTS)]
+    best = [min((one for one in means if one[0] == arm), key=means.get) for arm in predict]
     for setting, mean in means.items():
-        how = "{1}, rate {2:g}" if setting[0] == "single" else "rate {1:g}, {2} cycles"
+        how = "rate {1:g}, {2} cycles" if setting[0] == SNAPSHOTS else "{1}, rate {2:g}"
         mark = "   <- the best" if setting in best else ""
         print(f"{setting[0]:10} {how.format(*setting):20} {mean:6.2f} %{mark}")
     return {"tried": [[*setting, mean] for setting, mean in means.items()], "best": best}
@@ -368,7 +390,7 @@ def main(argv=None):
         found, curves, snap = train(seed, args.regime, args.epochs, arms)
         runs.append(found)
         of_each += snap.results_
-        said = ", ".join(f"{arm} {found[arm]['error']:.2f}" for arm in (SINGLE, STEP, SINGLES, SNAPSHOTS))
+        said = ", ".join(f"{arm} {found[arm]['error']:.2f}" for arm in (SINGLE, AVERAGE, SINGLES, SNAPSHOTS))
         print(f"seed {seed}: {said}", flush=True)
     rows, members = compare(runs), told(of_each)
     show(rows, args.seeds)

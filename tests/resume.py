@@ -360,14 +360,6 @@ def train(name, directory, kill=None, say=None, epochs=EPOCHS, theirs=False) -> 
     return {part: digest(values) for part, values in results.items()}
 
 
-def snapshots():
-    return kopt.callbacks.SnapshotEnsemble(2, validation_data=(X, Y))
-
-
-def star():
-    return kopt.callbacks.SnapshotEnsemble(2, 0.05, cycle_mult=1.5, topology="star", directory="snapshots")
-
-
 def averaged(callback, model):
     """The count of an average of the weights, the average, and what the training goes on from."""
     if isinstance(callback, kopt.callbacks.PolyakAveraging):

@@ -187,6 +187,31 @@ def test_several_outputs_are_kept_apart(as_dict, tmp_path):
     assert np.array_equal(again.members(x)["size" if as_dict else 0], twins.members(x)["size" if as_dict else 0])
 
 
+def test_of_penalties_it_has_the_mean():
+    def penalized(seed):
+        keras.utils.set_random_seed(seed)
+        hidden = layers.Dense(5, kernel_regularizer="l2", activity_regularizer=keras.regularizers.L1(0.01))
+        model = keras.Sequential([keras.Input((4,)), hidden, layers.Dense(3, activation="softmax")])
+        model.compile("sgd", loss="sparse_categorical_crossentropy")
+        return model
+
+    models = [penalized(seed) for seed in range(2)]
+    ensemble, losses = kopt.Ensemble(models, weights=[1, 3]), []
+    for one in [*models, ensemble]:
+        p = one.predict(X, verbose=0)
+        losses.append(one.evaluate(X, LABELS, batch_size=20, verbose=0) + np.log(p[np.arange(20), LABELS]).mean())
+    assert min(losses) > 0.05
+    np.testing.assert_allclose(losses[2], (losses[0] + 3 * losses[1]) / 4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "logits", "binary logits"])
+def test_who_counts_for_nothing_may_have_failed(kind):
+    models = [member(kind, seed) for seed in range(3)]
+    models[1].set_weights([np.nan * one for one in models[1].get_weights()])
+    found = kopt.Ensemble(models, weights=[1, 0, 1]).predict(X, verbose=0)
+    np.testing.assert_allclose(found, kopt.Ensemble([models[0], models[2]]).predict(X, verbose=0), rtol=1e-5, atol=1e-6)
+
+
 def test_uncertainty():
     stats = pytest.importorskip("scipy.stats", reason="SciPy comes with scikit-learn")
     ensemble = kopt.Ensemble([member("softmax", seed) for seed in range(3)], weights=[1, 1, 2])
@@ -254,8 +279,9 @@ def test_its_members_stay_as_they_are():
     ensemble = kopt.Ensemble(models)
     assert ensemble.models == models
     assert [len(model.trainable_variables) for model in models] == [6, 6]
-    assert ensemble.trainable_variables == []
+    assert ensemble.trainable_variables == ensemble.trainable_weights == []
     assert len(ensemble.non_trainable_variables) == len(ensemble.variables)
+    assert ensemble.count_params() == sum(model.count_params() for model in models)
     with pytest.raises(RuntimeError, match="train its `models`"):
         ensemble.fit(X, LABELS)
 
@@ -292,6 +318,13 @@ def test_refused(wrong):
         kopt.Ensemble(models, **arguments)
 
 
+class Late(keras.losses.Loss):
+    """A loss of a user's own."""
+
+    def call(self, y_true, y_pred):
+        return ops.mean(y_pred, -1)
+
+
 def test_what_nobody_can_tell_is_asked_for():
     """Numbers and logits look alike; a loss of one's own says nothing."""
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
@@ -301,6 +334,13 @@ def test_what_nobody_can_tell_is_asked_for():
     with pytest.raises(ValueError, match="`combine` must be one of"):
         kopt.Ensemble([model])
     assert kopt.Ensemble([model], combine="logits").combine == "logits"
+    for loss in ("poisson", keras.losses.Poisson(), "cosine_similarity", keras.losses.Hinge(), "hinge"):
+        model.compile(loss=loss)
+        assert kopt.Ensemble([model]).combine == "mean"
+    for loss in ("ctc", keras.losses.CTC(), Late()):
+        model.compile(loss=loss)
+        with pytest.raises(ValueError, match="`combine` must be one of"):
+            kopt.Ensemble([model])
     soft = keras.Sequential([keras.Input((4,)), layers.Dense(3), layers.Softmax()])
     assert kopt.Ensemble([soft]).combine == "probabilities"
     nested = keras.Sequential([keras.Input((4,)), soft])

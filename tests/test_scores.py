@@ -54,11 +54,26 @@ def test_the_sign_test_is_exact(wins, losses):
 
 
 def test_one_beside_another():
-    one, other = JUDGE.points(P[0]), JUDGE.points(P[1])
-    found = scores.compare(one, other)
+    one, other = RNG.normal(size=(2, 50))
+    found = scores.compare(one, other, are_shares=False)
     low, high = stats.norm.interval(0.95, (one - other).mean(), stats.sem(one - other))
     np.testing.assert_allclose([found[k] for k in ("gain", "low", "high")], [(one - other).mean(), low, high])
     assert math.isclose(found["p"], stats.binomtest(int((one > other).sum()), int((one != other).sum())).pvalue)
+    assert scores.compare(one[:1], other[:1], are_shares=False)["low"] == -math.inf
+
+
+@pytest.mark.parametrize("rows", [200, 1])
+@pytest.mark.parametrize("against", [0, 1])
+def test_shares_beside_each_other(rows, against):
+    """Bonett and Price (2012), equation 3; where no row differs, too."""
+    one, other = JUDGE.points(P[0])[:rows], JUDGE.points(P[against])[:rows]
+    found = scores.compare(one, other, are_shares=True)
+    p12, p21 = ((1 + (better > 0).sum()) / (rows + 2) for better in (one - other, other - one))
+    half = stats.norm.ppf(0.975) * np.sqrt((p12 + p21 - (p12 - p21) ** 2) / (rows + 2))
+    wanted = [(one - other).mean(), p12 - p21 - half, p12 - p21 + half]
+    np.testing.assert_allclose([found[k] for k in ("gain", "low", "high")], wanted)
+    wins, losses = int((one > other).sum()), int((one < other).sum())
+    assert math.isclose(found["p"], stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0)
 
 
 def test_the_temperature_has_the_least_loss():

@@ -1,5 +1,6 @@
 """One training, several models: the rate of every step, when snapshots are taken, and what is made of them."""
 
+import contextlib
 import copy
 import gc
 import itertools
@@ -7,6 +8,7 @@ import math
 import os
 
 import keras
+import keras_tuner
 import numpy as np
 import pytest
 from keras import layers, ops
@@ -154,7 +156,8 @@ def test_the_ensemble_is_the_mean_of_its_members(trained, tmp_path):
     assert made is snap.ensemble
     np.testing.assert_allclose(made.predict(X, verbose=0), np.mean(apart, axis=0), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(made.members(X), apart, rtol=1e-5, atol=1e-7)
-    assert made.evaluate(X, LABELS, verbose=0) > 0  # compiled like the model
+    nll = -np.log(np.mean(apart, axis=0)[np.arange(len(X)), LABELS]).mean()
+    assert math.isclose(made.evaluate(X, LABELS, verbose=0), nll, rel_tol=1e-4)
     made.save(tmp_path / "e.keras")
     assert np.array_equal(
         keras.models.load_model(tmp_path / "e.keras").predict(X, verbose=0), made.predict(X, verbose=0)
@@ -192,6 +195,18 @@ def test_a_soup_is_one_model_with_the_mean_of_the_weights(trained):
         snap.soup()
 
 
+def test_a_soup_of_what_has_kept_its_statistics():
+    model, snap = classifier(), Snap(2, verbose=0)
+    (frozen,) = (one for one in model.layers if isinstance(one, layers.BatchNormalization))
+    frozen.trainable = False
+    model.compile("sgd", loss="sparse_categorical_crossentropy")
+    model.fit(X, LABELS, epochs=2, verbose=0, callbacks=[snap])
+    wanted = [
+        snapshots.mean_of(ones) for ones in zip(*(one.get_weights() for one in snap.ensemble.models), strict=True)
+    ]
+    assert same(snap.soup().get_weights(), wanted)
+
+
 def test_what_they_are_worth(trained, capsys):
     _, snap, _ = trained
     (found,) = snap.results_
@@ -222,6 +237,7 @@ WRONG = {
     "select": {"select": "best"},
     "temperature": {"temperature": 2.0},
     "data": {"select": "greedy", "data": X},
+    "data ": {"data": (X, LABELS)},
 }
 
 
@@ -229,6 +245,16 @@ WRONG = {
 def test_wrong_parts_are_refused(trained, wrong):
     with pytest.raises(ValueError, match=f"`{wrong.strip()}` must be .*Received: "):
         trained[1].build(**WRONG[wrong])
+
+
+def test_what_cannot_be_fitted_is_refused():
+    model, snap = network("sgd"), Snap(2, verbose=0)
+    model.fit(X, Y, epochs=2, verbose=0, validation_data=forever(), validation_steps=1, callbacks=[snap])
+    assert snap.results_ == []
+    with pytest.raises(ValueError, match="`data` must be given for `select`, as the validation data of `fit` cannot"):
+        snap.build(select="greedy")
+    with pytest.raises(ValueError, match="`temperature` must be None where the outputs are numbers"):
+        snap.build(temperature="fit", data=(X, Y))
 
 
 def test_a_line_for_each_snapshot_and_a_table(capsys):
@@ -332,14 +358,28 @@ def test_with_an_average_the_snapshots_are_averages():
     assert same(model.get_weights(), seen.seen[-1])  # what the average leaves
 
 
-def test_a_star_begins_each_cycle_at_the_first_snapshot():
+class Scale(layers.Layer):
+    """A weight that is a single number."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(), initializer="ones", name="scale")
+
+    def call(self, x):
+        return x * self.scale
+
+
+@pytest.mark.parametrize("optimizer", [kopt.SGD, keras.optimizers.SGD])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_star_begins_each_cycle_at_the_first_snapshot(optimizer, dtype):
+    """Exactly, whatever the snapshots are kept in, with the state of the optimizer."""
+
     class Slots(keras.callbacks.Callback):
         def __init__(self):
             super().__init__()
             self.begun, self.ended = [], []
 
         def momenta(self):
-            return [ops.convert_to_numpy(one) for one in snapshots._slots(self.model.optimizer)]
+            return [ops.convert_to_numpy(one) for one in snapshots._slots(self.model)]
 
         def on_epoch_begin(self, epoch, logs=None):
             self.begun.append(copy.deepcopy(self.momenta()))
@@ -347,11 +387,15 @@ def test_a_star_begins_each_cycle_at_the_first_snapshot():
         def on_epoch_end(self, epoch, logs=None):
             self.ended.append(copy.deepcopy(self.momenta()))
 
-    model, snap, seen, slots = classifier(), Snap(3, 0.1, topology="star", verbose=0), Weights(), Slots()
+    model, seen, slots = classifier(), Weights(), Slots()
+    model = keras.Sequential([*model.layers, Scale()])
+    model.compile(optimizer(0.1, momentum=0.9), loss="sparse_categorical_crossentropy")
+    snap = Snap(3, 0.1, topology="star", dtype=dtype, verbose=0)
     model.fit(X, LABELS, batch_size=8, epochs=6, verbose=0, callbacks=[snap, seen, slots])
     for begin in (2, 4):
         assert same(seen.begun[begin], seen.ended[1])
         assert same(slots.begun[begin], slots.ended[1])
+        assert sum(map(np.size, slots.begun[begin])) == model.count_params() - 12  # without statistics
     members = snap.ensemble.models
     assert not same(members[1].get_weights(), members[2].get_weights())  # other orders, other dropout
 
@@ -468,11 +512,12 @@ def test_cycles_before_the_first_epoch_are_missed():
     assert [one["cycle"] for one in snap.snapshots_] == [2]
 
 
-def test_data_of_unknown_length_are_refused():
-    def forever():
-        while True:
-            yield X, Y
+def forever():
+    while True:
+        yield X, Y
 
+
+def test_data_of_unknown_length_are_refused():
     with pytest.raises(ValueError, match="`steps_per_epoch` must be given"):
         network("sgd").fit(forever(), epochs=2, shuffle=False, verbose=0, callbacks=[Snap(2)])
 
@@ -494,6 +539,9 @@ REFUSED = {  # name, epochs, callbacks, optimizer
     "a schedule below": ("max_learning_rate", 4, lambda: [Snap(2)], Scheduled),
     "too high a low": ("min_learning_rate", 4, lambda: [Snap(2, min_learning_rate=0.5)], None),
     "twice": ("callbacks", 4, lambda: [Snap(2, 0.1), Snap(2, 0.1)], None),
+    "Keras's backup": (
+        "callbacks", 4, lambda: [Snap(2, directory="nowhere"), keras.callbacks.BackupAndRestore("nowhere")], None
+    ),
     "no targets": ("validation_data", 4, lambda: [Snap(2, validation_data=(X, np.zeros((24, 5, 5))))], None),
 }  # fmt: skip
 
@@ -523,6 +571,29 @@ def test_nothing_before_a_training():
         Snap().build()
     with pytest.raises(ValueError, match="`min_learning_rate` must be below"):
         Snap(2, 0.1, 0.1)
+
+
+@pytest.mark.filterwarnings("ignore:(currentThread|getName).*:DeprecationWarning", "ignore:Skipping variable loading")
+def test_in_a_search(tmp_path):
+    """KerasTuner trains with copies of the callback."""
+    build = lambda hp: classifier(hp.Int("seed", 0, 9))  # noqa: E731
+    tuner = keras_tuner.RandomSearch(build, "val_loss", max_trials=2, directory=tmp_path)
+    snap = Snap(2, verbose=0)
+    fit = {"epochs": 2, "verbose": 0, "validation_data": (X, LABELS), "callbacks": [snap]}
+    tuner.search(X, LABELS, **fit)
+    assert [trial.status for trial in tuner.oracle.get_best_trials(2)] == ["COMPLETED"] * 2
+    assert snap.snapshots_ == []
+
+
+def test_with_several_optimizers():
+    """Each has its own rate, which falls in its own cycles from there."""
+    both = keras.optimizers.OptimizerMap(kopt.SGD(0.1), {".*bias": keras.optimizers.Adam(0.01)})
+    snap, monitor = Snap(2, verbose=0), kopt.callbacks.RateMonitor()
+    network(keras.optimizers.MultiOptimizer(both)).fit(X, Y, epochs=4, verbose=0, callbacks=[snap, monitor])
+    rates = {"learning_rate_sgd": [0.1, 0.05] * 2, "learning_rate_adam": [0.01, 0.005] * 2}
+    for name, wanted in rates.items():
+        np.testing.assert_allclose(monitor.history[name], wanted, rtol=1e-5)
+    assert len(snap.snapshots_) == 2
 
 
 # Where they are kept
@@ -594,6 +665,57 @@ def test_a_program_that_is_started_again_finds_what_there_is(tmp_path, capsys):
         train()
 
 
+@pytest.mark.parametrize("broken_at", [1, 3])
+def test_a_training_that_was_broken_off_goes_on(broken_at, tmp_path):
+    class Break(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == broken_at and where == "broken":
+                raise KeyboardInterrupt
+
+    ended = []
+    for where in ("whole", "broken", "again"):
+        keras.utils.set_random_seed(1)
+        model, snap = classifier(), Snap(2, 0.1, directory=tmp_path / where.replace("again", "broken"), verbose=0)
+        with contextlib.suppress(KeyboardInterrupt):
+            model.fit(X, LABELS, batch_size=8, epochs=4, verbose=0, callbacks=[snap, Break()])
+        ended.append(snap)
+    whole, broken, again = ended
+    assert len(broken.snapshots_) == broken_at // 2
+    assert again.snapshots_ == whole.snapshots_
+    assert np.array_equal(again.ensemble.members(X), whole.ensemble.members(X))
+
+
+def test_snapshots_of_another_training_are_not_removed(tmp_path):
+    """Only what knows of them may: a backup of one's own that begins anew does not."""
+    first = Snap(2, 0.1, directory=tmp_path / "s", storage="disk", verbose=0)
+    network("sgd").fit(X, Y, epochs=2, verbose=0, callbacks=[first])
+    backup = kopt.callbacks.BackupAndRestore(tmp_path / "b", verbose=0)
+    other = Snap(2, 0.1, directory=tmp_path / "s", verbose=0)
+    with pytest.raises(ValueError, match="`directory` must be another one, or empty: 2 snapshots lie there"):
+        network("sgd").fit(X, Y, epochs=2, verbose=0, callbacks=[other, backup])
+    assert first.ensemble.members(X).shape == (2, 24, 2)
+
+
+def test_a_directory_is_where_it_was(tmp_path, monkeypatch):
+    class Move(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            os.chdir(tmp_path / "elsewhere")
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model, snap = network("sgd"), Snap(2, 0.1, directory="run", verbose=0)
+    for _ in range(2):
+        model.fit(X, Y, epochs=2, verbose=0, callbacks=[snap, Move()])
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert (tmp_path / "run" / "fit-2" / "training").is_dir()
+
+
+def test_a_fit_without_an_epoch():
+    snap = Snap(2, verbose=0)
+    with pytest.warns(UserWarning, match="has taken no snapshot: `fit` had no epoch to do"):
+        network("sgd").fit(X, Y, epochs=2, initial_epoch=2, verbose=0, callbacks=[snap])
+
+
 def test_a_directory_is_not_for_two_trainings(tmp_path):
     callbacks = lambda: [Snap(2, 0.1, directory=tmp_path, verbose=0)]  # noqa: E731
     network("sgd").fit(X, Y, epochs=2, verbose=0, callbacks=callbacks())
@@ -647,7 +769,8 @@ def test_a_full_disk(on_save_error, tmp_path, monkeypatch):
             model.fit(X, Y, epochs=3, verbose=0, callbacks=callbacks)
         assert len(seen.ended) == 2
     else:
-        with pytest.warns(UserWarning, match="cycle [23] is kept in memory alone|Not saved"):
+        alone = pytest.warns(UserWarning, match="cycle [23] is kept in memory alone")
+        with pytest.warns(UserWarning, match="Not saved"), alone:
             model.fit(X, Y, epochs=3, verbose=0, callbacks=callbacks)
         assert len(snap.snapshots_) == 3
     for i, member in enumerate(snap.ensemble.models):

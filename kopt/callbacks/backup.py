@@ -108,7 +108,7 @@ class BackupAndRestore(Callback):
         verbose=1,
     ):
         super().__init__()
-        self.directory = checks.path("directory", directory)
+        self.directory = os.path.abspath(checks.path("directory", directory))
         self.save_every_epochs = checks.optional(checks.count(1))("save_every_epochs", save_every_epochs)
         self.save_every_steps = checks.optional(checks.count(1))("save_every_steps", save_every_steps)
         if save_every_epochs is None and save_every_steps is None:

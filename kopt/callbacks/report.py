@@ -98,12 +98,17 @@ def result(judge, members) -> dict:
         }
     if len(members) > 1:
         best = int(np.argmax([judge.sign * one[judge.score] for one in of_each]))
+        over_best, over_last = (
+            scores.compare(judge.points(together), judge.points(one), isinstance(judge, scores.Classes))
+            for one in (members[best], members[-1])
+        )
         found |= {
             "best": best,
-            "over_best": scores.compare(judge.points(together), judge.points(members[best])),
-            "over_last": scores.compare(judge.points(together), judge.points(members[-1])),
+            "over_best": over_best,
+            "over_last": over_last,
             "diversity": judge.diversity(members),
             "alike": judge.are_alike(members),
+            "worse": over_last["gain"] < 0 and judge.loss(together) > judge.loss(members[-1]),
         }
     return found
 
@@ -113,7 +118,7 @@ def line(found) -> str:
     score, other = list(found["ensemble"])[:2]
     last, all_ = found["members"][-1], found["ensemble"]
     of = "" if found["output"] is None else f"{found['output']} "
-    text = f"{of}{score} {last[score]:.4f}, {other} {last[other]:.4f}"
+    text = of + _named(last)
     if "best" not in found:
         return text
     gain = all_[score] - found["members"][found["best"]][score]
@@ -159,6 +164,11 @@ def _diversity(found) -> str:
     return f"  diversity: {first} {share}, correlation {found['correlation']:.3f}, gap {found['gap']:.4f}"
 
 
+def _named(values) -> str:
+    """The first two scores."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in list(values.items())[:2])
+
+
 def warnings_of(found) -> list[str]:
     """What should worry the user."""
     said = []
@@ -168,11 +178,11 @@ def warnings_of(found) -> list[str]:
             f"{of}The members are nearly the same function ({_diversity(found['diversity']).strip()}); there is little "
             "to average. Raise `max_learning_rate`, or let cycles be longer or fewer."
         )
-    over = found.get("over_last")
-    if over and over["gain"] < 0:
-        chance = "" if over["p"] < 0.05 else ", which may be chance"
+    if found.get("worse"):
+        p = found["over_last"]["p"]
         said.append(
-            f"{of}The ensemble is worse than its last member: {over['gain']:+.4f}, p = {over['p']:.2g}{chance}. Take "
-            "fewer, by `build(last=...)` or `build(select='greedy')`, or longer cycles."
+            f"{of}The ensemble is worse than its last member: {_named(found['ensemble'])} against "
+            f"{_named(found['members'][-1])}, p = {p:.2g}{'' if p < 0.05 else ', which may be chance'}. Take fewer, by "
+            "`build(last=...)` or `build(select='greedy')`, or longer cycles."
         )
     return said

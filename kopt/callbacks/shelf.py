@@ -54,8 +54,8 @@ class Shelf:
         if self.store is not None:
             self.store.close()
 
-    def put(self, record, arrays) -> None:
-        arrays, number = [narrowed(array, self.dtype) for array in arrays], None
+    def put(self, record, arrays, as_they_are: bool = False) -> None:
+        arrays, number = arrays if as_they_are else [narrowed(array, self.dtype) for array in arrays], None
         if self.directory is not None or self._is_large(arrays):
             number = self._saved(record, arrays)
         is_held = number is None or self.storage == "ram" or not self._is_large(arrays)
@@ -71,15 +71,20 @@ class Shelf:
     def _saved(self, record, arrays) -> int | None:
         try:
             self.open()
-            stale = [number for number in self.store.generations() if number not in self.numbers]
-            if stale:  # of a training that was killed before anything else knew of them
-                self.store.remove(*stale)
+            if self.directory is not None and (stale := self.strangers()):
+                self.store.remove(*stale)  # of a training that was killed before anything else knew of them
             return self.store.save({"record": record, "arrays": arrays})
         except OSError as error:
             if self.on_save_error == "raise":
                 raise
             warnings.warn(f"The snapshot of cycle {record['cycle']} is kept in memory alone: {error}", stacklevel=2)
             return None
+
+    def strangers(self) -> list[int]:
+        """The numbers of what lies in the directory and is none of these snapshots."""
+        if self.directory is None:
+            return []
+        return [number for number in self.store.generations() if number not in self.numbers]
 
     def get(self, i) -> list:
         """The arrays of one."""

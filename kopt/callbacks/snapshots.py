@@ -42,8 +42,9 @@ class SnapshotEnsemble(Driving):
 
     With a `directory`, snapshots lie in it, and a program that was killed and is started again goes on from the last
     one, to the bit, as with `BackupAndRestore`, which does it (and puts arrays in an order of its own): its state is in
-    `training` there. To go on from a later moment, give `fit` a `BackupAndRestore` of your own. A second `fit` has a
-    directory of its own in there, `fit-2`.
+    `training` there. To go on from a later moment, give `fit` a `kopt.callbacks.BackupAndRestore` of your own. A second
+    `fit` has a directory of its own in there, `fit-2`. In a search of KerasTuner, give no directory: all trials would
+    share it.
 
     Attributes:
         snapshots_: What there is: a dict for each with `cycle`, `epoch` (how many were done) and `learning_rate`.
@@ -61,9 +62,9 @@ class SnapshotEnsemble(Driving):
             more than a quarter of what is free. On disk without a `directory` they are in a temporary one.
         directory: Where snapshots lie for good, and the state of the training.
         dtype: "float32": as they are. "float16" or "bfloat16": matrices take half the memory; vectors, such as the
-            statistics of batch normalization, and what float16 cannot hold, stay as they are.
-        validation_data: What snapshots and ensemble are judged on, without sample weights; by default that of `fit`.
-            What each snapshot predicts on it stays in memory.
+            statistics of batch normalization, what float16 cannot hold, and what a star begins at stay as they are.
+        validation_data: What snapshots and ensemble are judged on, without sample weights; by default all of that of
+            `fit`. What each snapshot predicts on it stays in memory.
         verbose: 0 says nothing, 1 a line for each snapshot and a table in the end.
         combine: What the outputs are, as for `kopt.Ensemble`.
         on_save_error: "raise" ends the training when a snapshot cannot be written, for instance because the disk is
@@ -89,10 +90,10 @@ class SnapshotEnsemble(Driving):
     """
 
     left_behind = (
-        *Driving.left_behind, "_trained", "_shelf", "_backup", "_report", "_averaging", "_made", "_ways",
+        *Driving.left_behind, "_trained", "_shelf", "_backup", "_report", "_averaging", "_made", "_ways", "_unjudged",
     )  # fmt: skip
     shared = ("validation_data",)
-    _trained = _shelf = _backup = _report = _averaging = _made = _ways = None
+    _trained = _shelf = _backup = _report = _averaging = _made = _ways = _unjudged = None
 
     def __init__(
         self,
@@ -120,7 +121,8 @@ class SnapshotEnsemble(Driving):
         self.cycle_mult = checks.positive("cycle_mult", cycle_mult)
         self.topology = checks.one_of("sequential", "star")("topology", topology)
         self.storage = checks.one_of("auto", "ram", "disk")("storage", storage)
-        self.directory = checks.optional(checks.path)("directory", directory)
+        directory = checks.optional(checks.path)("directory", directory)
+        self.directory = None if directory is None else os.path.abspath(directory)
         self.dtype = checks.one_of(*DTYPES)("dtype", dtype)
         is_given = validation_data is not None
         self.validation_data = check_batches("validation_data", validation_data, True) if is_given else None
@@ -188,9 +190,12 @@ class SnapshotEnsemble(Driving):
         place = self.directory
         if place is not None and self.fits:
             place = os.path.join(place, f"fit-{len(self.fits) + 1}")
+        if place is not None and any(isinstance(one, keras.callbacks.BackupAndRestore) for one in fit.callbacks):
+            allowed = f"with `kopt.callbacks.BackupAndRestore`, or none, beside {self.name} with a `directory`"
+            checks.refuse("callbacks", allowed, "keras.callbacks.BackupAndRestore")
         self._shelf = Shelf(self.storage, place, self.cycles, self.dtype, self.on_save_error)
         self._report = self._reporter(fit.validation_data)
-        backs_up = any(isinstance(one, (BackupAndRestore, keras.callbacks.BackupAndRestore)) for one in fit.callbacks)
+        backs_up = any(isinstance(one, BackupAndRestore) for one in fit.callbacks)
         if place is not None and fit.callbacks and not backs_up:
             backup = AtCycles(os.path.join(place, "training"), self)
             backup.set_params(self.params)
@@ -209,13 +214,18 @@ class SnapshotEnsemble(Driving):
         except (ValueError, TypeError, IndexError) as error:
             if self.validation_data is not None:
                 raise ValueError(f"`{name}` must be such that outputs can be judged by it: {error}") from error
-            self._say(f"the validation data of `fit` cannot judge the snapshots: {error}")
+            self._unjudged = f"the validation data of `fit` cannot judge the snapshots: {error}"
+            self._say(self._unjudged)
             return None
+        self._unjudged = "`fit` had no `validation_data`" if found is None else None
         return found
 
     def on_epoch_begin(self, epoch, logs=None):
         is_first = self._epoch is None
         super().on_epoch_begin(epoch, logs)
+        if not len(self._shelf) and len(found := self._shelf.strangers()) >= max(2, self.cycles):
+            allowed = f"another one, or empty: {len(found)} snapshots lie there that no backup here goes on from"
+            checks.refuse("directory", allowed, self._shelf.directory)
         missing = sum(end <= epoch for end in self.ends) - len(self._shelf)
         if is_first and missing:
             why = f"`fit` begins at epoch {epoch + 1} of {self.ends[-1]}, over which the cycles are laid"
@@ -225,7 +235,7 @@ class SnapshotEnsemble(Driving):
 
     def _begin_at(self, arrays) -> None:
         """Let the training go on from the first snapshot: the weights, and what the optimizer had then."""
-        variables, slots = self._trained.variables, _slots(self._trained.optimizer)
+        variables, slots = self._trained.variables, _slots(self._trained)
         for variable, array in zip([*variables, *slots], arrays, strict=True):
             if "float" in _keras.dtype_of(variable):  # not the states of random generators, which would repeat
                 variable.assign(array.astype(_keras.dtype_of(variable)))
@@ -242,10 +252,11 @@ class SnapshotEnsemble(Driving):
         averaging = self._averaging if self._averaging is not None and self._averaging.updates_ else None
         with averaging.applied() if averaging else contextlib.nullcontext():
             arrays = weights.arrays(model.variables)
-        if self.topology == "star" and not len(self._shelf):
-            arrays += weights.arrays(_slots(model.optimizer))
+        is_center = self.topology == "star" and not len(self._shelf)
+        if is_center:
+            arrays += weights.arrays(_slots(model))
         record = {"cycle": self.ends.index(epoch) + 1, "epoch": epoch, "learning_rate": rate}
-        self._shelf.put(record, arrays)
+        self._shelf.put(record, arrays, as_they_are=is_center)
         self._made = None
         said = "".join(f"; {report.line(one)}" for one in self._judged())
         self._say(f"cycle {record['cycle']} of {self.cycles}, epoch {epoch}, rate {rate:.2g}{said}", True)
@@ -255,9 +266,10 @@ class SnapshotEnsemble(Driving):
         super().on_train_end(logs)
         if not was_begun:
             return
-        self.fits.append(self._epoch + 1)
+        self.fits.append(0 if self._epoch is None else self._epoch + 1)
         if not len(self._shelf):
-            ended = f"`fit` ended after epoch {self.fits[-1]}, before the first cycle, at {self.ends[0]}"
+            done = "`fit` had no epoch to do" if self._epoch is None else f"`fit` ended after epoch {self.fits[-1]}"
+            ended = f"{done}, before the first cycle, at {self.ends[0]}"
             warnings.warn(f"{self.name} has taken no snapshot: {ended}.", stacklevel=2)
             return
         found = self._judged()
@@ -405,11 +417,15 @@ class SnapshotEnsemble(Driving):
             checks.refuse("last", f"at most the number of snapshots, which is {len(self._shelf)}", last)
         checks.optional(checks.one_of("greedy"))("select", select)
         checks.optional(checks.one_of("fit"))("temperature", temperature)
+        if temperature and set(self._ways if isinstance(self._ways, list) else [self._ways]) == {"mean"}:
+            checks.refuse("temperature", "None where the outputs are numbers", temperature)
+        if data is not None and not (select or temperature):
+            checks.refuse("data", "given for `select` or `temperature` only", data)
         if data is not None:
             return check_batches("data", data, True)
         if (select or temperature) and self._report is None:
             why = "`select`" if select else "`temperature`"
-            checks.refuse("data", f"given for {why}, as `fit` had no `validation_data`", None)
+            checks.refuse("data", f"given for {why}, as {self._unjudged}", None)
         return self._report and self._report.data
 
     def _copy(self, i):
@@ -430,11 +446,11 @@ class SnapshotEnsemble(Driving):
         self._checked(last, None, None, None)
         if update_bn is not None:
             check_batches("update_bn", update_bn)
-        elif any(isinstance(layer, keras.layers.BatchNormalization) for layer in _keras.layers_of(self._trained)):
-            checks.refuse("update_bn", "data to estimate the statistics of batch normalization on", None)
         variables = self._trained.variables
         places = range(len(self._shelf))[-(last or 0) :]
         members = [self._weights(i, variables) for i in places]
+        if update_bn is None and self._statistics_differ(variables, members):
+            checks.refuse("update_bn", "data to estimate the statistics of batch normalization on", None)
         mean = [mean_of(arrays) for arrays in zip(*members, strict=True)]
         with weights.keeping(self._trained, variables):
             weights.assign(variables, mean)
@@ -442,6 +458,17 @@ class SnapshotEnsemble(Driving):
         if update_bn is not None:
             update_statistics(made, update_bn)
         return made
+
+    def _statistics_differ(self, variables, members) -> bool:
+        """Whether the statistics of batch normalization differ, as they do unless it is frozen."""
+        layers = [one for one in _keras.layers_of(self._trained) if isinstance(one, keras.layers.BatchNormalization)]
+        theirs = {id(variable) for layer in layers for variable in layer.non_trainable_variables}
+        return any(
+            not np.array_equal(members[0][i], other[i])
+            for i, variable in enumerate(variables)
+            if id(variable) in theirs
+            for other in members[1:]
+        )
 
 
 class AtCycles(BackupAndRestore):
@@ -492,7 +519,8 @@ def mean_of(arrays):
     return np.mean([array.astype("float64") for array in arrays], axis=0).astype(arrays[0].dtype)
 
 
-def _slots(optimizer) -> list:
-    """What an optimizer keeps for the variables, without what callbacks have added and without its numbers."""
-    with stepping.without_parts(optimizer):
-        return [one for one in optimizer.variables if len(one.shape)]
+def _slots(model) -> list:
+    """What the optimizer keeps for the variables, without what callbacks have added and without its own numbers."""
+    scalars = tuple(one.path.replace("/", "_") for one in model.trainable_variables if not len(one.shape))
+    with stepping.without_parts(model.optimizer):
+        return [one for one in model.optimizer.variables if len(one.shape) or one.name.startswith(scalars)]
