@@ -507,7 +507,7 @@ def test_narrow_predictions_are_judged_in_float32():
 
 def test_cycles_before_the_first_epoch_are_missed():
     model, snap = network("sgd"), Snap(2, 0.1, verbose=0)
-    with pytest.warns(UserWarning, match="no snapshot of the first 1 cycles: `fit` begins at epoch 3 of 4"):
+    with pytest.warns(UserWarning, match="will lack the first 1 of 2 snapshots: `fit` begins at epoch 3 of 4"):
         model.fit(X, Y, epochs=4, initial_epoch=2, verbose=0, callbacks=[snap])
     assert [one["cycle"] for one in snap.snapshots_] == [2]
 

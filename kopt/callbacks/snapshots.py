@@ -229,7 +229,7 @@ class SnapshotEnsemble(Driving):
         missing = sum(end <= epoch for end in self.ends) - len(self._shelf)
         if is_first and missing:
             why = f"`fit` begins at epoch {epoch + 1} of {self.ends[-1]}, over which the cycles are laid"
-            warnings.warn(f"{self.name} will have no snapshot of the first {missing} cycles: {why}.", stacklevel=2)
+            warnings.warn(f"{self.name} will lack the first {missing} of {self.cycles} snapshots: {why}.", stacklevel=2)
         if self.topology == "star" and epoch in self.ends and len(self._shelf):
             self._begin_at(self._shelf.get(0))
 
