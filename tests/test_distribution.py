@@ -19,6 +19,7 @@ from tests.training import (
     every_class,
     every_row,
     every_row_in,
+    mirrored,
     near,
     network,
     numpy,
@@ -60,13 +61,6 @@ def on_one_device(row, condition):
     optimizer, variables = row.make(**CONDITIONS[condition]), two()
     train("eager", optimizer, variables, stream(condition))
     return optimizer, variables
-
-
-@functools.cache  # two of them in one process would mix up their collective operations
-def mirrored():
-    import tensorflow as tf
-
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
 def distributed(strategy, gradient):

@@ -13,7 +13,7 @@ import kopt
 from kopt import _keras
 from kopt._keras import running, stepping
 from tests.conftest import BACKEND
-from tests.training import START, STREAM, X, Y, fit, near, network
+from tests.training import START, STREAM, X, Y, fit, mirrored, near, network
 
 KerasOptimizer = keras.optimizers.Optimizer
 
@@ -315,9 +315,7 @@ def test_a_model_without_its_optimizer_is_saved_and_trained_on(tmp_path):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="strategies are TensorFlow's")
 def test_predict_on_batch_still_repeats_rows_on_two_devices():
-    import tensorflow as tf
-
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    with mirrored().scope():
         model = network("sgd")
     assert len(model.predict_on_batch(X)) == 2 * len(X)
     assert len(_keras.predicted(model, X)) == len(X)

@@ -18,7 +18,7 @@ from kopt import store
 from kopt.callbacks import shelf, snapshots
 from tests.conftest import BACKEND, FLOATX
 from tests.disks import Failing
-from tests.training import X, Y, network
+from tests.training import X, Y, mirrored, network
 
 pytestmark = [
     pytest.mark.skipif(FLOATX != "float32", reason="what is kept is kept alike"),
@@ -481,9 +481,7 @@ def test_a_model_that_is_built_in_the_first_step():
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="strategies are TensorFlow's")
 def test_on_two_devices():
-    import tensorflow as tf
-
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    with mirrored().scope():
         model = classifier()
     snap = Snap(2, verbose=0)
     model.fit(X, LABELS, batch_size=8, epochs=2, verbose=0, validation_data=(X, LABELS), callbacks=[snap])

@@ -1,5 +1,7 @@
 """What the tests train: variables with given gradients, and a small network."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -48,6 +50,14 @@ class Ones:
 
 
 STEPS = [Ones()] * 3
+
+
+@functools.cache  # two of them in one process would mix up their collective operations
+def mirrored():
+    """TensorFlow's strategy for two devices."""
+    import tensorflow as tf
+
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
 def numpy(variables):
