@@ -42,6 +42,11 @@ def update_bn(model, data, batch_size: int = 32) -> None:
     weights.assign(statistics.variables, statistics.estimate(data, checks.count(1)("batch_size", batch_size)))
 
 
+def layers_of(model) -> list:
+    """The layers of a model that normalize batches."""
+    return [one for one in _keras.layers_of(model) if isinstance(one, keras.layers.BatchNormalization)]
+
+
 class Statistics:
     """The moving means and variances of a model, and the compiled pass that estimates them."""
 
@@ -50,7 +55,7 @@ class Statistics:
             checks.refuse("model", "a keras.Model", model)
         _keras.fetch_state(model)
         self.model = model
-        layers = [one for one in _keras.layers_of(model) if isinstance(one, keras.layers.BatchNormalization)]
+        layers = layers_of(model)
         if wrong := [layer.name for layer in layers if layer.renorm]:
             checks.refuse("model", "one without `renorm=True` in its BatchNormalization", wrong)
         if wrong := [layer.name for layer in layers if not layer.built]:

@@ -88,6 +88,22 @@ def test_snapshot_ensemble(tmp_path, capsys):
     assert "against the best member" in capsys.readouterr().out
 
 
+def test_snapshot_ensemble_corrects_for_many_comparisons():
+    """Holm's procedure, over every arm but the snapshots themselves."""
+    module, rng = recipe("snapshot_ensemble"), np.random.default_rng(0)
+    errors = {"snapshots": 10 + rng.normal(size=12)}
+    errors |= {f"{by:g}": errors["snapshots"] + by + rng.normal(size=12) for by in (0.1, 0.6, 1.0, -2.0)}
+    rows = module.compare([{arm: {"error": values[i]} for arm, values in errors.items()} for i in range(12)])
+    found = {row["arm"]: row for row in rows}
+    raw = {arm: module.wilcoxon(errors[arm] - errors["snapshots"]).pvalue for arm in list(errors)[1:]}
+    order = sorted(raw, key=raw.get)
+    wanted = np.minimum(1, np.maximum.accumulate([raw[arm] * (4 - i) for i, arm in enumerate(order)]))
+    np.testing.assert_allclose([found[arm]["p"] for arm in order], wanted)
+    assert "p" not in found["snapshots"]
+    assert found["1"]["margin"] == pytest.approx(np.mean(errors["1"] - errors["snapshots"]))
+    assert found["-2"]["wins"] == (errors["-2"] > errors["snapshots"]).sum()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="a hundred trainings; the ensembles are the same on all backends")
 def test_snapshot_ensemble_claim():

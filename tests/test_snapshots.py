@@ -257,14 +257,20 @@ def test_what_cannot_be_fitted_is_refused():
         snap.build(temperature="fit", data=(X, Y))
 
 
-def test_a_line_for_each_snapshot_and_a_table(capsys):
+def test_what_is_told_of_each_snapshot_and_in_a_table(capsys):
     model, snap = classifier(), Snap(2, validation_data=(X, LABELS))
     model.fit(X, LABELS, epochs=4, verbose=2, callbacks=[snap])
     shown = capsys.readouterr().out
     assert "SnapshotEnsemble: cycle 1 of 2, epoch 2, rate " in shown
     assert "; accuracy " in shown
     assert "; ensemble of 2: accuracy " in shown
-    assert "SnapshotEnsemble: 2 snapshots\n  cycle  epoch" in shown
+    after_first, after_second = shown.split("cycle 2 of 2")
+    in_line, in_table = after_second.split("SnapshotEnsemble: 2 snapshots\n  cycle  epoch")
+    for said in (in_line, in_table):
+        for part in ("of the ensemble:", "against the best member (cycle ", "McNemar", "diversity:", "at temperature"):
+            assert part in said
+    assert "calibration error" in after_first
+    assert "diversity" not in after_first  # of one
     model.fit(X, LABELS, epochs=2, verbose=0, callbacks=[snap])
     assert "SnapshotEnsemble" not in capsys.readouterr().out
     assert [one["epoch"] for one in snap.snapshots_] == [1, 2]  # each `fit` has its own
@@ -419,12 +425,36 @@ def test_a_training_that_is_stopped():
         _ = snap.ensemble
 
 
+def test_beside_early_stopping():
+    """The model gets its best weights back; the snapshots are those of the ends of cycles all the same."""
+    stop = keras.callbacks.EarlyStopping("loss", min_delta=100, patience=4, restore_best_weights=True)
+    model, snap, seen = classifier(), Snap(4, 0.1, verbose=0), Weights()
+    model.fit(X, LABELS, batch_size=8, epochs=8, verbose=0, callbacks=[stop, snap, seen])
+    assert [one["epoch"] for one in snap.snapshots_] == [2, 4]
+    assert len(seen.ended) == 5
+    for member, end in zip(snap.ensemble.models, (2, 4), strict=True):
+        assert same(member.get_weights(), seen.ended[end - 1])
+    assert same(model.get_weights(), seen.ended[0])
+
+
 def test_what_multiplies_the_rate_does_so_here():
     monitor = kopt.callbacks.RateMonitor()
     callbacks = [Snap(2, 0.1, verbose=0), kopt.callbacks.WarmUp(epochs=2), monitor]
     network("sgd").fit(X, Y, batch_size=12, epochs=4, verbose=0, callbacks=callbacks)
     up = np.minimum(np.arange(8) / 4, 1)
     np.testing.assert_allclose(monitor.history["learning_rate"], up * [*paper(0.1, 0, [2, 2], 2)], rtol=1e-5)
+
+
+def test_a_model_that_has_changed_its_shape_is_refused():
+    model, snap = network("sgd"), Snap(2, verbose=0)
+    model.fit(X, Y, epochs=2, verbose=0, callbacks=[snap])
+    model.pop()
+    model.add(layers.Dense(5))
+    before = model.get_weights()
+    for made in (lambda: snap.ensemble, snap.soup):
+        with pytest.raises(ValueError, match="which must be a model with the variables of the one that was trained"):
+            made()
+    assert same(model.get_weights(), before)
 
 
 def test_weights_that_are_not_finite_do_not_end_the_training():

@@ -115,20 +115,14 @@ def result(judge, members) -> dict:
 
 def line(found) -> str:
     """The last member and the ensemble, in a few words."""
-    score, other = list(found["ensemble"])[:2]
-    last, all_ = found["members"][-1], found["ensemble"]
     of = "" if found["output"] is None else f"{found['output']} "
-    text = of + _named(last)
-    if "best" not in found:
-        return text
-    gain = all_[score] - found["members"][found["best"]][score]
-    over = f"{100 * gain:+.2f} points" if score == "accuracy" else f"{gain:+.4f}"
     count = len(found["members"])
-    return f"{text}; ensemble of {count}: {score} {all_[score]:.4f} ({over} to the best), {other} {all_[other]:.4f}"
+    together = f"; ensemble of {count}: {_named(found['ensemble'])}" if count > 1 else ""
+    return of + _named(found["members"][-1]) + together
 
 
 def table(found, records) -> list[str]:
-    """Members, ensemble, what it gains and how much that can be trusted, as lines."""
+    """Members, ensemble, and what to make of it, as lines."""
     names = list(found["ensemble"])
     lines = [] if found["output"] is None else [f"  output {found['output']}"]
     lines += ["  cycle  epoch      rate" + "".join(f"{name:>10}" for name in names)]
@@ -136,7 +130,12 @@ def table(found, records) -> list[str]:
         start = f"  {record['cycle']:5}  {record['epoch']:5}  {record['learning_rate']:8.2g}"
         lines.append(start + "".join(f"{one[name]:10.4f}" for name in names))
     lines.append(f"  {'ensemble':22}" + "".join(f"{found['ensemble'][name]:10.4f}" for name in names))
-    is_classes = "interval" in found
+    return lines + verdict(found, records)
+
+
+def verdict(found, records) -> list[str]:
+    """What the ensemble gains and how much that can be trusted, how its members differ, and its calibration."""
+    lines, is_classes = [], "interval" in found
     if is_classes:
         lines.append("  accuracy of the ensemble: {:.4f} to {:.4f} (95 %)".format(*found["interval"]))
     if "best" in found:

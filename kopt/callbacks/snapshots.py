@@ -11,9 +11,8 @@ import warnings
 import keras
 import numpy as np
 
-from kopt import _keras, checks, ensemble, schedules, scores, weights
+from kopt import _keras, batch_norm, checks, ensemble, schedules, scores, weights
 from kopt._keras import running, stepping
-from kopt.batch_norm import update_bn as update_statistics
 from kopt.batches import check_batches, pairs
 from kopt.callbacks import drive, report
 from kopt.callbacks.backup import BackupAndRestore
@@ -65,7 +64,7 @@ class SnapshotEnsemble(Driving):
             statistics of batch normalization, what float16 cannot hold, and what a star begins at stay as they are.
         validation_data: What snapshots and ensemble are judged on, without sample weights; by default all of that of
             `fit`. What each snapshot predicts on it stays in memory.
-        verbose: 0 says nothing, 1 a line for each snapshot and a table in the end.
+        verbose: 0 says nothing, 1 what each snapshot and the ensemble so far are worth, and a table in the end.
         combine: What the outputs are, as for `kopt.Ensemble`.
         on_save_error: "raise" ends the training when a snapshot cannot be written, for instance because the disk is
             full; "warn" warns and keeps it in memory. Earlier ones stay as they are.
@@ -258,8 +257,12 @@ class SnapshotEnsemble(Driving):
         record = {"cycle": self.ends.index(epoch) + 1, "epoch": epoch, "learning_rate": rate}
         self._shelf.put(record, arrays, as_they_are=is_center)
         self._made = None
-        said = "".join(f"; {report.line(one)}" for one in self._judged())
-        self._say(f"cycle {record['cycle']} of {self.cycles}, epoch {epoch}, rate {rate:.2g}{said}", True)
+        found = self._judged()
+        said = "".join(f"; {report.line(one)}" for one in found)
+        lines = [f"cycle {record['cycle']} of {self.cycles}, epoch {epoch}, rate {rate:.2g}{said}"]
+        for one in found:
+            lines += report.verdict(one, self.snapshots_)
+        self._say("\n".join(lines), True)
 
     def on_train_end(self, logs=None):
         was_begun = self._begun
@@ -456,12 +459,12 @@ class SnapshotEnsemble(Driving):
             weights.assign(variables, mean)
             made = weights.copy_of(self._trained)
         if update_bn is not None:
-            update_statistics(made, update_bn)
+            batch_norm.update_bn(made, update_bn)
         return made
 
     def _statistics_differ(self, variables, members) -> bool:
         """Whether the statistics of batch normalization differ, as they do unless it is frozen."""
-        layers = [one for one in _keras.layers_of(self._trained) if isinstance(one, keras.layers.BatchNormalization)]
+        layers = batch_norm.layers_of(self._trained)
         theirs = {id(variable) for layer in layers for variable in layer.non_trainable_variables}
         return any(
             not np.array_equal(members[0][i], other[i])
