@@ -12,10 +12,17 @@ from kopt.optimizers.adam import Adam as Adam
 from kopt.optimizers.adamw import AdamW as AdamW
 from kopt.optimizers.base import Optimizer as Optimizer
 from kopt.optimizers.loading import load_optimizer as load_optimizer
+from kopt.optimizers.quasi_newton.dense import BFGS as BFGS
+from kopt.optimizers.quasi_newton.dense import SSBFGS as SSBFGS
+from kopt.optimizers.quasi_newton.dense import SSBroyden as SSBroyden
+from kopt.optimizers.quasi_newton.lbfgs import LBFGS as LBFGS
+from kopt.optimizers.quasi_newton.optimizer import QuasiNewton as QuasiNewton
 from kopt.optimizers.rmsprop import RMSprop as RMSprop
 from kopt.optimizers.rule import At as At
 from kopt.optimizers.rule import Slot as Slot
 from kopt.optimizers.rule import elementwise as elementwise
 from kopt.optimizers.sgd import SGD as SGD
+from kopt.solve.functions import minimize_fn as minimize_fn
+from kopt.solve.models import minimize as minimize
 
 __version__ = "0.1.0"

@@ -120,6 +120,12 @@ def eagerly():
     return tf.init_scope() if BACKEND == "tensorflow" else contextlib.nullcontext()
 
 
+def detached(x):
+    """The value of a variable or tensor; on torch in memory of its own, and without the graph that made it."""
+    x = x.value if isinstance(x, keras.Variable) else x
+    return x.detach().clone() if BACKEND == "torch" else ops.convert_to_tensor(x)
+
+
 def unrecorded():
     """A context in which torch keeps no graph for differentiation; the other backends need none."""
     return torch.no_grad() if BACKEND == "torch" else contextlib.nullcontext()
@@ -138,6 +144,35 @@ def compiled(function):
         function = functools.partial(function)  # TensorFlow counts, and complains about, the functions made of one code
         return tf.function(function, autograph=False, reduce_retracing=True)
     return jax.jit(function) if BACKEND == "jax" else function
+
+
+def compiled_loop(goes_on, body):
+    """`(state, limit, data) -> state`: `state = body(state, data)` as long as `goes_on(state, limit)`, compiled.
+
+    On TensorFlow by XLA, and without it where XLA cannot.
+    """
+    if BACKEND == "jax":
+        while_loop = jax.lax.while_loop
+        return jax.jit(
+            lambda state, limit, data: while_loop(lambda s: goes_on(s, limit), lambda s: body(s, data), state)
+        )
+
+    def loop(state, limit, data):
+        return tf.while_loop(lambda s: goes_on(s, limit), lambda s: (body(s, data),), [state])[0]
+
+    by_xla, plain = (tf.function(functools.partial(loop), autograph=False, jit_compile=xla) for xla in (True, False))
+    chosen = [by_xla]
+
+    def run(*arguments):
+        try:
+            return chosen[0](*arguments)
+        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, tf.errors.NotFoundError):
+            if chosen[0] is plain:
+                raise
+            chosen[0] = plain
+            return plain(*arguments)
+
+    return run
 
 
 def both(one, other):

@@ -115,6 +115,20 @@ def one_of(*options: str) -> Check:
     return check
 
 
+def either(word: str, check: Check) -> Check:
+    """A word, or what another check allows."""
+
+    def judge(name: str, value: Any) -> Any:
+        if isinstance(value, str) and value == word:
+            return value
+        try:
+            return check(name, value)
+        except ValueError as error:
+            raise ValueError(str(error).replace(f"`{name}` must be ", f"`{name}` must be {word!r} or ", 1)) from None
+
+    return judge
+
+
 def optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 

@@ -709,10 +709,50 @@ KINDS |= {
         "name": "text?",
     },
 }
+SEARCH_KINDS = {
+    "line_search": "wolfe|gradient|none",
+    "c1": "inner",
+    "c2": "inner",
+    "gtol": "nonnegative",
+    "ftol": "nonnegative",  # or "auto"
+    "max_line_search": "count 1",
+    "accumulate_steps": "count 1?",
+    "check_noise": "boolean",
+    "name": "text?",
+}
+KINDS |= {
+    kopt.LBFGS: SEARCH_KINDS | {"memory": "count 1"},
+    **{cls: SEARCH_KINDS | {"max_weights": "count 1"} for cls in (kopt.BFGS, kopt.SSBFGS, kopt.SSBroyden)},
+    kopt.QuasiNewton: {},  # has no constructor of its own
+    kc.LineSearchMonitor: {"stop_on_convergence": "boolean", "verbose": "count 0", "name": "text?"},
+    kopt.minimize_fn: {
+        "value_and_grad": "a function",
+        "x0": "tensors",
+        "method": "a method",
+        "max_evals": "count 1",
+        "callback": "a function?",
+        "options": "those of the method",
+    },
+    kopt.minimize: {
+        "model": "a compiled model",
+        "x": "arrays",
+        "y": "arrays?",
+        "method": "a method",
+        "sample_weight": "arrays?",
+        "max_evals": "count 1",
+        "chunk": "count 1",
+        "validation_data": "arrays with targets?",
+        "callbacks": "callbacks?",
+        "verbose": "count 0",
+        "options": "those of the method",
+    },
+}
 TRIED_ELSEWHERE = {  # the step makes `At`; others have a test file of their own
     kopt.At,
     kopt.Ensemble,
     kopt.load_optimizer,
+    kopt.minimize,
+    kopt.minimize_fn,
     kopt.plot.schedule,
     kopt.update_bn,
 }
@@ -727,6 +767,7 @@ NEEDED = {
     "exclude_from_decay": {"l2": 0.1},
     "ema_overwrite_frequency": {"use_ema": True},
     "name": {"doc": "a slot"},
+    "c2": {"c1": 1e-37},
     "gamma": {"mode": "exp_range"},
     "validation_data": {"validate": "both"},
 }

@@ -138,7 +138,7 @@ def legal(kind, value):
 
 def arguments(target):
     """The names of the arguments of something public, as its constructor and the base declare them."""
-    if target is kopt.Optimizer:
+    if target in (kopt.Optimizer, kopt.QuasiNewton):
         return set()
     names = set(inspect.signature(target).parameters)
     return names - {"common"} | ({*target.declared(), "name"} if hasattr(target, "declared") else set())

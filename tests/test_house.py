@@ -70,7 +70,14 @@ def test_one_room_reaches_into_keras_and_few_name_backends():
             used = {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
             theirs = {name for name in used if name.startswith("_") and not name.startswith("__")} & PRIVATE
             assert not theirs, f"{module} uses Keras's {theirs}"
-        if module not in ("backends", "_keras.passes", "optimizers.kernels", "optimizers.lists", "optimizers.program"):
+        if module not in (
+            "backends",
+            "derivatives",
+            "_keras.passes",
+            "optimizers.kernels",
+            "optimizers.lists",
+            "optimizers.program",
+        ):
             named = {source for source, _ in imported(file)} & {"tensorflow", "torch", "jax"}
             assert not named, f"{module} names {named}"
 
@@ -94,16 +101,16 @@ def test_everything_public_is_documented(name):
     value = PUBLIC[name]
     doc = inspect.getdoc(value)
     assert doc, name
-    if isinstance(value, type) and issubclass(value, kopt.Optimizer):
+    if isinstance(value, type) and issubclass(value, (kopt.Optimizer, kopt.QuasiNewton)):
         own = [p for p in inspect.signature(value.__init__).parameters if p not in ("self", "common", "arguments")]
         for argument in own:
             assert f"    {argument}: " in doc, f"{name} does not document `{argument}`"
-        if value is not kopt.Optimizer:
+        if value not in (kopt.Optimizer, kopt.QuasiNewton):
             for part in ("When to use it:", "Args:", "Example:", "Reference:", "Differs from"):
                 assert part in doc, f"{name} has no part {part!r}"
     elif value.__module__ != "kopt.optimizers.rule":
         for argument in inspect.signature(value).parameters:
-            assert f"    {argument}: " in doc, f"{name} does not document `{argument}`"
+            assert f"    {argument}: " in doc or f"    **{argument}: " in doc, f"{name} does not document `{argument}`"
         assert "Example:" in doc, f"{name} has no example"
 
 

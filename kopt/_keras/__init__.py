@@ -360,3 +360,13 @@ def frames():
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+def takes_training(model) -> bool:
+    """Whether the model's `call` has an argument that says whether it is trained."""
+    return model._call_has_training_arg
+
+
+def has_metrics(model) -> bool:
+    """Whether a model was compiled with metrics beside its loss."""
+    return bool(model._compile_config.config.get("metrics") or model._compile_config.config.get("weighted_metrics"))

@@ -65,6 +65,14 @@ class Fit:
         """The batches of an epoch, where they are known."""
         return getattr(self.epoch_iterator, "num_batches", None)
 
+    @property
+    def arrays(self) -> tuple[int, int, bool] | None:
+        """Of arrays: how many rows there are, how many in a batch, and whether they are shuffled."""
+        adapter = getattr(self.epoch_iterator, "data_adapter", None)
+        if not passes.are_arrays(adapter):
+            return None
+        return adapter._num_samples, adapter._batch_size, bool(adapter._shuffle)
+
     def feed(self, seed) -> "Feed | None":
         """The data, if it can be put at a position: what `kopt.data.seekable` made, or arrays."""
         iterator = self.epoch_iterator

@@ -18,6 +18,7 @@ from keras import ops
 from kopt import _keras, backends, checks
 from kopt._keras import stepping
 from kopt.callbacks import clock
+from kopt.optimizers.quasi_newton.optimizer import QuasiNewton
 from kopt.schedules.time import Time, arithmetic
 
 FLOATS = "weight_decay", "beta_1", "beta_2", "rho"  # Keras's optimizers read them as numbers, in arithmetic alone
@@ -193,6 +194,8 @@ def _scale(number, last, scale, plain, own):
 def make(part, optimizer, name) -> Drive:
     """What drives a number of this optimizer; one that cannot be driven is refused."""
     kind, is_ours = type(optimizer).__name__, isinstance(optimizer, _keras.OptimizerBridge)
+    if isinstance(optimizer, QuasiNewton):
+        checks.refuse("hyperparameter", f"of another optimizer: {kind} has none that can change during `fit`", name)
     if name not in names(optimizer):
         allowed = f"one of those that this {kind} can change during `fit` ({', '.join(names(optimizer))})"
         if not is_ours and isinstance(getattr(optimizer, name, None), (int, float)):
@@ -212,6 +215,8 @@ def make(part, optimizer, name) -> Drive:
 
 def names(optimizer) -> list[str]:
     """The numbers that can be driven."""
+    if isinstance(optimizer, QuasiNewton):
+        return []
     if isinstance(optimizer, _keras.OptimizerBridge):
         return ["learning_rate", *optimizer.numbers()]
     return ["learning_rate", *(name for name in FLOATS if isinstance(getattr(optimizer, name, None), (int, float)))]

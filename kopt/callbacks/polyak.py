@@ -13,7 +13,7 @@ from kopt.callbacks.averages import Averaged, Averaging, exponential, is_average
 from kopt.callbacks.base import InStep
 from kopt.callbacks.clock import Span
 from kopt.callbacks.segments import Segments
-from kopt.callbacks.showing import Showing
+from kopt.callbacks.showing import Showing, around_keeping, around_validation
 
 MOMENTUM = 0.995
 OWN = "val_averaged_"  # what the metrics of the average are called beside those of the raw weights
@@ -244,10 +244,8 @@ class PolyakAveraging(InStep):
             raise
         self._undo = []
         if self.validate == "averaged":
-            self._undo = [stepping.stand_in(model, "evaluate", self._validating(model.evaluate))]
-        for callback in keepers:
-            name = _keras.keeping_method(callback)
-            self._undo.append(stepping.stand_in(callback, name, self._with_average(callback, name)))
+            self._undo = [around_validation(self, model, self._average_in_fit)]
+        self._undo += [around_keeping(callback, self._average_in_fit) for callback in keepers]
 
     def _check_list(self, listed, after) -> None:
         """Refuse a list in which another says the same, or goes by the average before it is there."""
@@ -277,26 +275,9 @@ class PolyakAveraging(InStep):
         is_validated = self.validate == "averaged" and metric.startswith("val_") and not metric.startswith(OWN)
         return is_validated or self._reads_average(callback)
 
-    def _with_average(self, callback, name):
-        original = getattr(callback, name)
-
-        def call(*args, **kwargs):
-            is_mine = self._training is not None and callback.model is self._trained
-            with self._average_if_any() if is_mine else contextlib.nullcontext():
-                return original(*args, **kwargs)
-
-        return call
-
-    def _validating(self, evaluate):
-        """`evaluate` with the average, if it is for `fit`, which gives it its list of callbacks."""
-
-        def call(*args, **kwargs):
-            listed = getattr(kwargs.get("callbacks"), "callbacks", ())
-            is_mine = self._training is not None and any(one is self for one in listed)
-            with self._average_if_any() if is_mine else contextlib.nullcontext():
-                return evaluate(*args, **kwargs)
-
-        return call
+    def _average_in_fit(self):
+        """The average in the model, as long as `fit` runs."""
+        return self._average_if_any() if self._training is not None else contextlib.nullcontext()
 
     def let_go(self):
         for undo in self._undo or ():

@@ -3,9 +3,33 @@
 import contextlib
 import functools
 
-from kopt import weights
+from kopt import _keras, weights
 from kopt._keras import stepping
 from kopt.batch_norm import Statistics
+
+
+def around_validation(callback, model, context):
+    """Let the `fit` that a callback is in validate within `context()`; what is returned takes it back."""
+    evaluate = model.evaluate
+
+    def call(*args, **kwargs):
+        listed = getattr(kwargs.get("callbacks"), "callbacks", ())  # `fit` gives its validation its own list
+        with context() if any(one is callback for one in listed) else contextlib.nullcontext():
+            return evaluate(*args, **kwargs)
+
+    return stepping.stand_in(model, "evaluate", call)
+
+
+def around_keeping(keeper, context):
+    """Let a callback that keeps or saves weights do it within `context()`; what is returned takes it back."""
+    name = _keras.keeping_method(keeper)
+    original = getattr(keeper, name)
+
+    def call(*args, **kwargs):
+        with context():
+            return original(*args, **kwargs)
+
+    return stepping.stand_in(keeper, name, call)
 
 
 class Showing:

@@ -1,6 +1,5 @@
 """The base of every optimizer: its step, its config and its state, derived from a rule and what the class declares."""
 
-import difflib
 import inspect
 from typing import TypedDict
 
@@ -8,7 +7,7 @@ import keras
 
 from kopt import _keras, backends, checks
 from kopt.optimizers import execution, gradients, groups, state
-from kopt.optimizers.rule import Argument, Choice, Hyper, Slot, traits
+from kopt.optimizers.rule import Choice, Declared, Hyper, Slot, traits
 
 _DEFAULTS = {  # of the common arguments; the others are None
     "track_gradient_norm": False,
@@ -40,7 +39,7 @@ class Common(TypedDict, total=False):
     name: str | None
 
 
-class Optimizer(_keras.OptimizerBridge):
+class Optimizer(Declared, _keras.OptimizerBridge):
     """The base of kopt's optimizers; not to be used itself.
 
     A subclass gives a `rule`, the `slots` that the rule keeps, and its arguments as `Hyper` or `Choice`. Numbers are
@@ -104,7 +103,7 @@ class Optimizer(_keras.OptimizerBridge):
             raise TypeError("`kopt.Optimizer` has no rule of its own; use one of its subclasses, such as `kopt.Adam`")
         declared = self.declared()
         if unknown := sorted(arguments.keys() - declared):
-            raise ValueError(self._unknown(unknown[0], arguments[unknown[0]]))
+            self.refuse_unknown(unknown[0], arguments[unknown[0]], ["learning_rate", *declared, "name"], _RENAMED)
         arguments = {argument: _DEFAULTS.get(argument) for argument in declared} | arguments
         learning_rate = checks.learning_rate("learning_rate", learning_rate)
         name = checks.optional(checks.text)("name", name)
@@ -131,20 +130,9 @@ class Optimizer(_keras.OptimizerBridge):
         if "update_step" in vars(cls):
             raise TypeError(f"`{cls.__name__}` must give a `rule` and `slots` instead of `update_step`")
 
-    @classmethod
-    def declared(cls) -> dict[str, Argument]:
-        """The arguments that are a `Hyper` or a `Choice`, those of the constructor's signature first."""
-        found = {n: a for base in reversed(cls.__mro__) for n, a in vars(base).items() if isinstance(a, Argument)}
-        first = [name for name in inspect.signature(cls.__init__).parameters if name in found]
-        return {name: found[name] for name in [*first, *found]}
-
     def numbers(self) -> dict[str, Hyper]:
         """The arguments that are numbers, and are given: those that can change during `fit`."""
         return {name: argument for name, argument in self.declared().items() if name in self.hyper_variables}
-
-    def arguments(self) -> dict:
-        """The declared arguments with the values in use."""
-        return {name: getattr(self, name) for name in self.declared()}
 
     def check_together(self, arguments: dict) -> None:
         """Refuse arguments that are right one by one but not together."""
@@ -167,12 +155,6 @@ class Optimizer(_keras.OptimizerBridge):
     def opens(self, name: str) -> bool:
         """Whether the slot that the number `name` needs is there, or will be at build."""
         return bool(self.opened.get(name) if self.built else getattr(self, name))
-
-    def _unknown(self, name, value) -> str:
-        allowed = ["learning_rate", *self.declared(), "name"]
-        near = [_RENAMED[name]] if _RENAMED.get(name) in allowed else difflib.get_close_matches(name, allowed, 1)
-        hint = f"Did you mean `{near[0]}`?" if near else "It takes " + ", ".join(f"`{a}`" for a in allowed) + "."
-        return f"`{type(self).__name__}` has no argument `{name}`. {hint} Received: {name}={value!r}"
 
     # The step
 
@@ -375,8 +357,5 @@ class Optimizer(_keras.OptimizerBridge):
     def __repr__(self):
         if not self.__dict__.get("ready"):
             return object.__repr__(self)
-        defaults = {name: p.default for name, p in inspect.signature(type(self).__init__).parameters.items()}
         rate = self.rate_source() if self.rate_is_computed() else self.get_config()["learning_rate"]
-        values = {"learning_rate": rate, **self.arguments()}
-        shown = {n: v for n, v in values.items() if not (v is None or v == defaults.get(n, _DEFAULTS.get(n)))}
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        return self.shown({"learning_rate": rate, **self.arguments()}, dict(_DEFAULTS))

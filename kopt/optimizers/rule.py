@@ -4,6 +4,8 @@ A rule is a pure function `rule(g, w, *slots, at, **arguments) -> (step, *slots)
 and the slots; whoever calls it subtracts `step` from the weight. Inside a rule stand the paper's letters.
 """
 
+import difflib
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +108,36 @@ class Argument:
         if not optimizer.built:
             optimizer.check_together(optimizer.arguments() | {self.name: value})
         return value
+
+
+class Declared:
+    """What an optimizer can tell of the arguments that its class declares."""
+
+    @classmethod
+    def declared(cls) -> dict[str, Argument]:
+        """The arguments that are a `Hyper` or a `Choice`, those of the constructor's signature first."""
+        found = {n: a for base in reversed(cls.__mro__) for n, a in vars(base).items() if isinstance(a, Argument)}
+        first = [name for name in inspect.signature(cls.__init__).parameters if name in found]
+        return {name: found[name] for name in [*first, *found]}
+
+    def arguments(self) -> dict:
+        """The declared arguments with the values in use."""
+        return {name: getattr(self, name) for name in self.declared()}
+
+    def check_together(self, arguments: dict) -> None:
+        """Refuse arguments that are right one by one but not together."""
+
+    def refuse_unknown(self, name: str, value, allowed: list[str], renamed: dict[str, str]):
+        """Refuse an argument that is not declared, and say which may have been meant."""
+        near = [renamed[name]] if renamed.get(name) in allowed else difflib.get_close_matches(name, allowed, 1)
+        hint = f"Did you mean `{near[0]}`?" if near else "It takes " + ", ".join(f"`{a}`" for a in allowed) + "."
+        raise ValueError(f"`{type(self).__name__}` has no argument `{name}`. {hint} Received: {name}={value!r}")
+
+    def shown(self, values: dict, defaults: dict) -> str:
+        """The optimizer as an expression: of these values, those that are not the defaults."""
+        defaults |= {name: p.default for name, p in inspect.signature(type(self).__init__).parameters.items()}
+        given = {n: v for n, v in values.items() if not (v is None or v == defaults.get(n))}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
 
 class Choice(Argument):

@@ -1,0 +1,84 @@
+"""The loss of a model as a function of all its trainable weights in one vector."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from kopt import _keras, backends, checks, derivatives
+
+
+class Objective:
+    """The loss that a model was compiled with, with its penalties, as a function of a vector and data.
+
+    Args:
+        model: A model that is built and compiled with a loss.
+        training: Whether layers act as in training.
+    """
+
+    def __init__(self, model, training: bool):
+        if not isinstance(model, keras.Model):
+            checks.refuse("model", "a keras.Model", model)
+        if not model.built or not model.trainable_variables:
+            checks.refuse("model", "built, with trainable weights", model.name)
+        if not model.compiled:
+            checks.refuse("model", "compiled with a loss", model.name)
+        _keras.fetch_state(model)
+        self.model, self.training, self.variables = model, training, list(model.trainable_variables)
+        dtypes = sorted({_keras.dtype_of(variable) for variable in self.variables})
+        if dtypes not in (["float32"], ["float64"]):
+            checks.refuse("model", "with weights all of float32, or all of float64", dtypes)
+        self.dtype, self.shapes = dtypes[0], [tuple(variable.shape) for variable in self.variables]
+        self.sizes = [int(np.prod(shape)) for shape in self.shapes]
+
+    @property
+    def size(self) -> int:
+        """How many weights there are."""
+        return sum(self.sizes)
+
+    def vector(self):
+        """The weights that the model has."""
+        return ops.concatenate([ops.reshape(backends.detached(v), (-1,)) for v in self.variables])
+
+    def show(self, vector) -> None:
+        """Give the model these weights."""
+        for variable, value in zip(self.variables, self.split(vector), strict=True):
+            variable.assign(value)
+
+    def split(self, vector) -> list:
+        parts = backends.split(vector, self.sizes)
+        return [ops.reshape(part, shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def tensors(self, x, y=None, sample_weight=None) -> tuple:
+        """Data as tensors of one batch."""
+        return keras.tree.map_structure(
+            lambda part: None if part is None else ops.convert_to_tensor(part), (x, y, sample_weight)
+        )
+
+    def _scope(self, vector):
+        pairs = list(zip(self.variables, self.split(vector), strict=True))
+        return keras.StatelessScope(pairs, collect_losses=True, initialize_variables=False)
+
+    def _called(self, x):
+        return self.model(x, training=self.training) if _keras.takes_training(self.model) else self.model(x)
+
+    def predicted(self, vector, x):
+        """What the model makes of a batch with these weights."""
+        with self._scope(vector):
+            return self._called(x)
+
+    def loss(self, vector, data):
+        """The loss of one batch, with the penalties."""
+        x, y, sample_weight = data
+        with self._scope(vector):
+            predicted = self._called(x)
+            loss = self.model.compute_loss(x, y, predicted, sample_weight, training=self.training)
+        return ops.cast(loss, self.dtype)
+
+    def value_and_gradient(self, vector, data):
+        return derivatives.value_and_gradient(lambda w: self.loss(w, data))(vector)
+
+    def hessian_product(self, vector, direction, data):
+        return derivatives.hessian_product(lambda w: self.loss(w, data))(vector, direction)
+
+    def hessian(self, vector, data):
+        return derivatives.hessian(lambda w: self.loss(w, data))(vector)

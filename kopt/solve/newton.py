@@ -1,0 +1,162 @@
+"""Newton's method with the whole Hessian, and with products of it: the Hessian may be indefinite."""
+
+import numpy as np
+
+from kopt.optimizers.quasi_newton import machine, search
+from kopt.optimizers.quasi_newton.space import Values
+
+DAMPING = 4.0  # how much more is added to the Hessian until it has a Cholesky factor
+LEAST = 1e-3  # that is added first, in shares of its largest diagonal entry
+
+
+class Damped:
+    """Newton's direction for a line search: -(H + λ)⁻¹ g, with the least λ of a series that makes it go downhill.
+
+    Nocedal and Wright, "Numerical Optimization", algorithm 3.3. The linear algebra is done on the host, in float64.
+    """
+
+    def __init__(self, hessian):
+        self.hessian, self.shift = hessian, 0.0
+
+    def empty(self, x, m):
+        return ()
+
+    def learnt(self, memory, search, change, turn, gradient, when, m):
+        return memory, False
+
+    @staticmethod
+    def has_scale(search):
+        return True
+
+    def direction(self, state, m):
+        matrix = np.asarray(self.hessian(state.point), "float64")
+        factor, self.shift = factored((matrix + matrix.T) / 2, self.shift)
+        if factor is None:
+            return -state.gradient
+        half = np.linalg.solve(factor, state.gradient.astype("float64"))
+        return -np.linalg.solve(factor.T, half).astype(state.gradient.dtype)
+
+
+def factored(matrix, shift):
+    """A Cholesky factor of a symmetric matrix with as little added to its diagonal as needed, and how much that is."""
+    if not np.isfinite(matrix).all():
+        return None, shift
+    diagonal = np.diag(matrix)
+    least = LEAST * max(np.abs(diagonal).max(), np.finfo("float64").tiny)
+    shift = (
+        max(shift / DAMPING, least - diagonal.min())
+        if diagonal.min() <= 0
+        else (shift / DAMPING if shift > least else 0.0)
+    )
+    while True:
+        try:
+            return np.linalg.cholesky(matrix + shift * np.eye(len(matrix))), shift
+        except np.linalg.LinAlgError:
+            shift = max(DAMPING * shift, least)
+
+
+class LineSearch:
+    """Newton's method as a minimisation, one evaluation after another."""
+
+    def __init__(self, start, rules, value_and_gradient, hessian):
+        self.m, self.rules, self.evaluate = Values(start), rules, value_and_gradient
+        self.method = Damped(hessian)
+        self.state = machine.begun(self.method, start, self.m)
+
+    def go(self, limit) -> None:
+        with np.errstate(all="ignore"):
+            while self.state.search.status == search.RUNNING and self.state.search.evaluations < limit:
+                loss, gradient = self.evaluate(self.state.trial)
+                self.state = machine.advanced(
+                    self.state, self.state.trial, float(loss), gradient, self.method, self.rules, self.m
+                )
+
+
+class TrustRegion:
+    """Minimise a model of the loss within a radius, which grows and shrinks with how well the model has foretold.
+
+    `propose(point, gradient, radius)` gives a step and the decrease of the loss that the model promises.
+
+    Nocedal and Wright, "Numerical Optimization", algorithm 4.1.
+    """
+
+    def __init__(self, start, rules, value_and_gradient, propose, radius=1.0):
+        self.rules, self.evaluate, self.propose, self.radius = rules, value_and_gradient, propose, radius
+        self.m, zeros = Values(start), np.zeros_like(start)
+        self.state = machine.State(search.Search(), start, zeros, zeros, start, ())
+        self.promised = 0.0
+
+    def go(self, limit) -> None:
+        with np.errstate(all="ignore"):
+            while self.state.search.status == search.RUNNING and self.state.search.evaluations < limit:
+                self._step()
+
+    def _step(self) -> None:
+        state, m = self.state, self.m
+        s, x = state.search, state.trial
+        loss, gradient = self.evaluate(x)
+        loss, is_first = float(loss), s.phase == search.NEW
+        finite = np.isfinite(loss) and bool(np.isfinite(gradient).all())
+        s = s._replace(evaluations=s.evaluations + 1)
+        if is_first and not finite:
+            self.state = state._replace(search=s._replace(status=search.NONFINITE))
+            return
+        ratio = (s.loss - loss) / self.promised if finite and not is_first and self.promised > 0 else -np.inf
+        accepted = is_first or (finite and ratio > 1e-4 and loss <= s.loss)
+        length = float(np.linalg.norm((x - state.point).astype("float64")))
+        if not is_first:
+            self._resize(ratio, length)
+        if accepted:
+            s = machine.reached(s, loss, m.largest(gradient), not is_first, False, False, self.rules, m)
+            s = s._replace(phase=search.SEARCHING, taken=length)
+            state = state._replace(point=x, gradient=gradient)
+        status, trial = s.status, state.point
+        if status == search.RUNNING:
+            step, self.promised = self.propose(state.point, state.gradient, self.radius)
+            trial = (state.point + step).astype(x.dtype)
+            if np.array_equal(trial, state.point) or not self.promised > m.eps * abs(s.loss) * 1e-3:
+                status, trial = search.STUCK, state.point
+        self.state = state._replace(search=s._replace(status=status), trial=trial)
+
+    def _resize(self, ratio, length) -> None:
+        if ratio < 0.25:
+            self.radius = 0.25 * length
+        elif ratio > 0.75 and length > 0.8 * self.radius:
+            self.radius = 2 * self.radius
+
+
+def steihaug(product, gradient, radius):
+    """Conjugate gradients on the quadratic model, up to the radius or to where the curvature is negative.
+
+    Steihaug, "The conjugate gradient method and trust regions in large scale optimization", SIAM Journal on Numerical
+    Analysis 20(3), 1983. Returns the step and the decrease that the model promises.
+    """
+    g = gradient.astype("float64")
+    step, residual, direction, bent = np.zeros_like(g), g.copy(), -g, np.zeros_like(g)  # bent: H times step
+    size = np.linalg.norm(g)
+    tolerance = min(0.5, np.sqrt(size)) * size
+
+    def promised():
+        return -(g @ step + 0.5 * step @ bent)
+
+    for _ in range(2 * len(g)):
+        curved = np.asarray(product(direction), "float64")
+        bend, squares = direction @ curved, residual @ residual
+        reach = to_boundary(step, direction, radius)
+        if not np.isfinite(bend):
+            break
+        if bend <= 0 or (squares / bend) >= reach:
+            step, bent = step + reach * direction, bent + reach * curved
+            break
+        length = squares / bend
+        step, bent, residual = step + length * direction, bent + length * curved, residual + length * curved
+        if np.linalg.norm(residual) <= tolerance:
+            break
+        direction = -residual + (residual @ residual / squares) * direction
+    return step, promised()
+
+
+def to_boundary(step, direction, radius) -> float:
+    """How far one can go along a direction until the radius is reached."""
+    a, b, c = direction @ direction, step @ direction, step @ step - radius**2
+    return (-b + np.sqrt(max(b * b - a * c, 0.0))) / a if a > 0 else 0.0

@@ -1,0 +1,67 @@
+"""The problems of Moré, Garbow and Hillstrom: all solved, with no more evaluations than others need.
+
+`make bench-minimize` prints the whole profile. The process in float64 runs what is of float64.
+"""
+
+import numpy as np
+import pytest
+
+import kopt
+from tests import profiles
+from tests.conftest import BACKEND, FLOATX
+from tests.problems import PROBLEMS
+
+pytest.importorskip("scipy", reason="scipy comes with scikit-learn, which `make` installs")
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return profiles.counts(profiles.by_kopt, FLOATX)
+
+
+@pytest.fixture(scope="module")
+def scipys():
+    return profiles.counts(profiles.by_scipy, FLOATX)
+
+
+def test_more_are_solved_than_by_scipy_with_no_more_evaluations(ours, scipys):
+    assert len(PROBLEMS) == 39
+    assert profiles.solved(ours) >= profiles.solved(scipys)
+    kopts, theirs = profiles.on_common(ours, scipys)
+    assert kopts <= theirs * (1 if FLOATX == "float64" else 1.05)  # SciPy's own arithmetic is float64 in both
+
+
+@pytest.mark.skipif(FLOATX != "float64", reason="in float32 no method solves all")
+def test_all_are_solved(ours):
+    assert [name for name, count in ours.items() if count is None] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "jax", reason="optax is a library for JAX")
+def test_as_many_are_solved_as_by_optax(ours):
+    pytest.importorskip("optax", reason="`make test-jax` installs optax")
+    assert profiles.solved(ours) >= profiles.solved(profiles.counts(profiles.by_optax, FLOATX))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch's optimizer needs torch")
+def test_more_are_solved_than_by_torch(ours):
+    assert profiles.solved(ours) > profiles.solved(profiles.counts(profiles.by_torch, FLOATX))
+
+
+@pytest.mark.parametrize("method", ["bfgs", "ssbfgs", "ssbroyden"])
+def test_the_dense_methods_solve_them_too(method):
+    problems = [problem for problem in PROBLEMS if len(problem.start) <= 12]
+    found = profiles.counts(lambda *given: profiles.by_kopt(*given, method=method), FLOATX, problems=problems)
+    assert profiles.solved(found) >= len(problems) - (1 if FLOATX == "float64" else 4), found
+
+
+@pytest.mark.parametrize("problem", PROBLEMS[:12], ids=lambda problem: problem.name)
+def test_never_worse_than_the_start_and_each_evaluation_is_counted(problem):
+    counted = profiles.Counted(problem, FLOATX)
+    with np.errstate(all="ignore"):
+        for most in (1, 2, 7):
+            counted.losses.clear()
+            found = kopt.minimize_fn(counted, np.array(problem.start, FLOATX), max_evals=most)
+            assert found.nfev == len(counted.losses) <= most
+            assert found.fun <= counted.losses[0]
+            assert found.fun == counted(found.x)[0]
