@@ -118,7 +118,7 @@ class Flat:
 
     @staticmethod
     def dtype_of(part) -> str:
-        return keras.backend.standardize_dtype(part.dtype) if part.dtype != object else "object"
+        return str(part.dtype) if isinstance(part, np.ndarray) else keras.backend.standardize_dtype(part.dtype)
 
     def joined(self, tree):
         parts = [self.xp.reshape(part, (-1,)) for part in keras.tree.flatten(tree)]

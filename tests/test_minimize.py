@@ -1,0 +1,327 @@
+"""`minimize` and `minimize_fn`: every method, what they return, what they refuse."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import kopt
+from kopt.solve.models import METHODS
+from kopt.solve.newton import factored, steihaug
+from tests.conftest import BACKEND, FLOATX
+from tests.training import numpy
+
+X = np.linspace(-1, 1, 40, dtype=FLOATX)[:, None]
+Y = np.sin(3 * X)
+
+
+def network(*hidden, **compiled):
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((1,)), *(hidden or (layers.Dense(5, "tanh"),)), layers.Dense(1)])
+    model.compile(**({"loss": "mse"} | compiled))
+    return model
+
+
+def loss_of(model):
+    return model.evaluate(X, Y, batch_size=len(X), verbose=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_comes_down(method):
+    model = network()
+    before = loss_of(model)
+    history = kopt.minimize(model, X, Y, method, max_evals=60, chunk=20, verbose=0, gtol=0, ftol=0)
+    losses, evaluations = history.history["loss"], history.history["evaluations"]
+    assert losses[-1] < 0.1 * before
+    assert (np.diff(losses) <= 0).all()
+    assert evaluations[0] <= 20
+    assert evaluations[-1] <= 60
+    assert loss_of(model) == pytest.approx(losses[-1], rel=1e-3)
+    assert int(model.optimizer.iterations) == 0
+
+
+def test_minimize_and_fit_are_one_method():
+    ours, fitted = network(), network(optimizer=kopt.LBFGS(check_noise=False))
+    kopt.minimize(ours, X, Y, max_evals=15, verbose=0)
+    fitted.fit(X, Y, batch_size=len(X), shuffle=False, epochs=15, verbose=0)
+    for one, other in zip(numpy(ours.variables), numpy(fitted.variables), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-2, atol=2e-3)
+
+
+def linear(**compiled):
+    """A model that is linear in its weights, so that its loss is a parabola."""
+    return network(layers.Dense(1, use_bias=False, trainable=False, kernel_initializer="ones"), **compiled)
+
+
+@pytest.mark.parametrize("method", ["newton", "newton-cg"])
+def test_newton_needs_one_step_on_a_parabola(method):
+    model = linear()
+    history = kopt.minimize(model, X, 2 * X + 1, method, max_evals=10, verbose=0, ftol=0)
+    assert history.status == "gradient"
+    assert history.history["iterations"][-1] <= (1 if method == "newton" else 5)
+
+
+def test_newton_converges_quadratically():
+    """Once the error is small, the next one is no more than a constant times its square."""
+    model = linear(loss=keras.losses.BinaryCrossentropy(from_logits=True))
+    y = (X + 0.4 * np.sin(20 * X) > 0).astype(FLOATX)
+    history = kopt.minimize(model, X, y, "newton", max_evals=12, chunk=1, verbose=0, gtol=1e-12, ftol=0)
+    norms = np.array(history.history["gradient_norm"])
+    floor = 1e-6 if FLOATX == "float32" else 1e-13
+    small = [(a, b) for a, b in itertools.pairwise(norms) if floor < b and a < 1e-2]
+    assert len(small) >= 2
+    assert all(b < 100 * a**2 for a, b in small), norms
+
+
+def test_a_saddle_is_left():
+    """At zero weights the gradient of a product is zero almost, and the Hessian indefinite."""
+
+    class Product(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.w = self.add_weight(shape=(2,), initializer="zeros")
+            self.w.assign([2e-2, 1e-2])
+            self.built = True
+
+        def call(self, x):
+            return x * self.w[0] * self.w[1]
+
+    for method in ("newton", "newton-cg", "lbfgs"):
+        model = Product()
+        model.compile(loss="mse")
+        history = kopt.minimize(model, X, -X, method, max_evals=80, verbose=0)
+        assert history.history["loss"][-1] < 1e-4, method
+
+
+def test_a_factor_of_a_matrix_that_is_not_positive():
+    random = np.random.default_rng(0)
+    matrix = random.normal(size=(6, 6))
+    matrix = matrix + matrix.T
+    factor, shift = factored(matrix, 0.0)
+    assert shift > -np.linalg.eigvalsh(matrix).min()
+    np.testing.assert_allclose(factor @ factor.T, matrix + shift * np.eye(6), atol=1e-9)
+    positive = matrix @ matrix
+    factor, shift = factored(positive, 0.0)
+    assert shift == 0
+    np.testing.assert_allclose(factor, np.linalg.cholesky(positive))
+
+
+@pytest.mark.parametrize("radius", [0.1, 1.0, 100.0])
+@pytest.mark.parametrize("definite", [True, False])
+def test_steihaugs_step_is_as_good_as_cauchys(definite, radius):
+    """Within the radius, and at least as low as the best point along the gradient; Newton's step where that fits."""
+    random = np.random.default_rng(1)
+    matrix = random.normal(size=(5, 5))
+    matrix = matrix @ matrix.T + np.eye(5) if definite else matrix + matrix.T
+    g = random.normal(size=5) * 1e-4
+    step, promised = steihaug(lambda v: matrix @ v, g, radius)
+    assert np.linalg.norm(step) <= radius * (1 + 1e-9)
+    assert promised == pytest.approx(-(g @ step + step @ matrix @ step / 2), rel=1e-6)
+    lengths = np.linspace(0, radius / np.linalg.norm(g), 10001)
+    along = lengths * (g @ g) - lengths**2 / 2 * (g @ matrix @ g)
+    assert promised >= along.max() * (1 - 1e-6)
+    if definite and radius == 100:
+        np.testing.assert_allclose(step, -np.linalg.solve(matrix, g), rtol=0.05, atol=1e-7)
+
+
+def test_least_squares_equal_scipys():
+    scipy_optimize = pytest.importorskip("scipy.optimize", reason="scipy comes with scikit-learn")
+    model = network(layers.Dense(3, "tanh"))
+    kopt.minimize(model, X, Y, "lm", max_evals=150, verbose=0, gtol=0, ftol=0)
+
+    def residuals(w):
+        a, b, c, d = w[:3], w[3:6], w[6:9], w[9]
+        return ((np.tanh(X * a + b) @ c + d) - Y[:, 0]) / np.sqrt(len(X))
+
+    keras.utils.set_random_seed(1)
+    start = np.concatenate([v.ravel() for v in numpy(network(layers.Dense(3, "tanh")).variables)]).astype("float64")
+    reference = scipy_optimize.least_squares(residuals, start, method="lm", max_nfev=20000)
+    assert loss_of(model) <= 2 * reference.cost * 1.05 + 1e-6
+
+
+def test_least_squares_with_weights_and_penalties():
+    weight = np.linspace(0.5, 2, len(X)).astype(FLOATX)
+    model, twin = (network(layers.Dense(4, "tanh", kernel_regularizer=keras.regularizers.L2(1e-3))) for _ in range(2))
+    one = kopt.minimize(model, X, Y, "lm", sample_weight=weight, max_evals=60, verbose=0)
+    other = kopt.minimize(twin, X, Y, "lbfgs", sample_weight=weight, max_evals=400, verbose=0)
+    assert one.history["loss"][-1] <= other.history["loss"][-1] * 1.02
+
+
+@pytest.mark.parametrize(
+    ("compiled", "hidden", "says"),
+    [
+        ({"loss": "mae"}, lambda: (), "`method` must be another than 'lm' where the loss is not 'mse'"),
+        (
+            {},
+            lambda: (layers.Dense(2, kernel_regularizer="l1"),),
+            "`method` must be another than 'lm' beside penalties",
+        ),
+        (
+            {},
+            lambda: (layers.ActivityRegularization(0.5),),
+            "`method` must be another than 'lm' for a loss of .* squares make",
+        ),
+    ],
+)
+def test_what_is_no_sum_of_squares_is_refused(compiled, hidden, says):
+    with pytest.raises(ValueError, match=says):
+        kopt.minimize(network(*hidden(), **compiled), X, Y, "lm", verbose=0)
+
+
+def test_callbacks_validation_and_metrics():
+    seen = []
+    callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append((epoch, dict(logs))))
+    model = network(metrics=["mae"])
+    history = kopt.minimize(
+        model, X, Y, max_evals=30, chunk=10, callbacks=[callback], validation_data=(X, Y), verbose=0
+    )
+    assert [epoch for epoch, _ in seen] == [0, 1, 2]
+    assert history.epoch == [0, 1, 2]
+    assert set(seen[0][1]) == {
+        "loss", "gradient_norm", "step_size", "evaluations", "iterations", "mae", "val_loss", "val_mae",
+    }  # fmt: skip
+    for _, logs in seen:
+        assert logs["val_loss"] == pytest.approx(logs["loss"], rel=1e-3)
+    stop = keras.callbacks.EarlyStopping("loss", min_delta=9.0, patience=1)
+    history = kopt.minimize(network(), X, Y, max_evals=200, chunk=10, callbacks=[stop], verbose=0)
+    assert history.message == "a callback has stopped it"
+    assert history.history["evaluations"][-1] <= 20
+
+
+def test_it_tells_how_it_goes(capsys):
+    kopt.minimize(network(), X, Y, max_evals=20, chunk=10)
+    out = capsys.readouterr().out
+    assert "20/20" in out
+    assert "minimize has ended after 20 evaluations: `max_evals` evaluations were not enough" in out
+    kopt.minimize(network(), X, Y, max_evals=20, chunk=10, verbose=2)
+    assert capsys.readouterr().out.count("gradient_norm") == 2
+    kopt.minimize(network(), X, Y, max_evals=20, verbose=0)
+    assert capsys.readouterr().out == ""
+
+
+class Poisson(keras.Model):
+    """u'' = f by a network: the loss is the model's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = keras.Sequential([keras.Input((1,)), layers.Dense(6, "tanh"), layers.Dense(1)])
+
+    def call(self, x):
+        return self.body(x)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return ops.mean(ops.square(y_pred - y)) + ops.mean(ops.square(self.body(ops.zeros((1, 1)))))
+
+
+def test_a_loss_of_the_models_own():
+    model = Poisson()
+    model.compile()
+    model(X)
+    history = kopt.minimize(model, X, Y, max_evals=60, verbose=0)
+    assert history.history["loss"][-1] < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"method": "adam"}, "`method` must be one of 'lbfgs', .*'lm'. Received: method='adam'"),
+        ({"max_evals": 0}, "`max_evals` must be an integer of 1 or more"),
+        ({"chunk": 0}, "`chunk` must be an integer of 1 or more"),
+        ({"memory": 0}, "`memory` must be an integer of 1 or more"),
+        ({"nonsense": 1}, "`LBFGS` has no argument `nonsense`"),
+        ({"method": "newton", "memory": 3}, "`memory` must be an argument of the method; these take 'gtol' and 'ftol'"),
+        ({"method": kopt.LBFGS(), "gtol": 1.0}, "`gtol` must be an argument of the optimizer that `method` is"),
+        ({"x": X[:3]}, "`x` must be arrays with as many rows as `y`"),
+        ({"x": iter([X])}, "`x` must be arrays with as many rows"),
+        ({"verbose": "loud"}, "`verbose` must be"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, says):
+    model = network()
+    before = numpy(model.variables)
+    with pytest.raises(ValueError, match=says):
+        kopt.minimize(**({"model": model, "x": X, "y": Y, "verbose": 0} | arguments))
+    for one, other in zip(before, numpy(model.variables), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_models_that_cannot_be_minimised_are_refused():
+    with pytest.raises(ValueError, match="`model` must be a keras.Model"):
+        kopt.minimize("model", X, Y)
+    with pytest.raises(ValueError, match="`model` must be built"):
+        kopt.minimize(keras.Sequential([layers.Dense(1)]), X, Y)
+    with pytest.raises(ValueError, match="`model` must be compiled with a loss"):
+        kopt.minimize(keras.Sequential([keras.Input((1,)), layers.Dense(1)]), X, Y)
+    with pytest.raises(ValueError, match="`model` must be without layers that draw at random"):
+        kopt.minimize(network(layers.Dropout(0.5)), X, Y)
+
+
+# minimize_fn
+
+
+def parabola(x):
+    return sum(ops.sum((part - 3) ** 2) for part in x.values()), {name: 2 * (part - 3) for name, part in x.items()}
+
+
+def test_structures_of_tensors():
+    x0 = {"a": ops.zeros((2, 2)), "b": keras.Variable([1.0])}
+    found = kopt.minimize_fn(parabola, x0)
+    assert found.success
+    assert set(found.x) == set(found.jac) == {"a", "b"}
+    assert tuple(found.x["a"].shape) == (2, 2)
+    np.testing.assert_allclose(ops.convert_to_numpy(found.x["a"]), 3, rtol=1e-5)
+    np.testing.assert_allclose(numpy([x0["b"]])[0], 1.0)
+
+
+def test_the_callback_sees_and_stops():
+    seen = []
+
+    def far(x):
+        return float(np.sum((x - 3) ** 4)), 4 * (x - 3) ** 3
+
+    found = kopt.minimize_fn(far, np.zeros(2), gtol=0, ftol=0, callback=lambda r: seen.append(r.fun) or len(seen) == 5)
+    assert len(seen) == found.nit == 5
+    assert seen == sorted(seen, reverse=True)
+    assert found.status == "running"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"value_and_grad": 3}, "`value_and_grad` must be a function"),
+        ({"value_and_grad": lambda x: x}, "`value_and_grad` must be a function that returns value and gradient"),
+        ({"value_and_grad": lambda x: (0.0, np.zeros(3))}, "`value_and_grad` must return a gradient in the structure"),
+        ({"x0": "here"}, "`x0` must be numbers"),
+        ({"x0": []}, "`x0` must be numbers"),
+        (
+            {"x0": np.zeros(2, "float16")},
+            "`x0` must be all arrays or all tensors, and all of float32 or all of float64",
+        ),
+        ({"method": "newton"}, "`method` must be one of 'lbfgs', 'bfgs', 'ssbfgs', 'ssbroyden'"),
+        ({"max_evals": 0.5}, "`max_evals` must be an integer"),
+        ({"callback": 3}, "`callback` must be a function or None"),
+    ],
+)
+def test_bad_arguments_of_a_function_are_refused(arguments, says):
+    given = {"value_and_grad": lambda x: (float(x @ x), 2 * x), "x0": np.zeros(2)} | arguments
+    with pytest.raises(ValueError, match=says):
+        kopt.minimize_fn(**given)
+
+
+def test_integers_begin_as_floats():
+    assert kopt.minimize_fn(lambda x: ((x - 2) ** 2, 2 * (x - 2)), 7).x == pytest.approx(2.0)
+    assert kopt.minimize_fn(lambda x: (x @ x, 2 * x), np.array([3, 4])).fun < 1e-9
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="what XLA cannot compile is TensorFlow's")
+def test_what_xla_cannot_compile_is_compiled_without():
+    import tensorflow as tf
+
+    def both(x):
+        value = tf.numpy_function(lambda v: np.sum(v**2).astype(v.dtype), [x], x.dtype)
+        value.set_shape(())
+        return value, 2 * x
+
+    assert kopt.minimize_fn(both, tf.constant([1.0, 2.0])).fun < 1e-6
