@@ -5,6 +5,7 @@ from kopt import data as data
 from kopt import plot as plot
 from kopt import schedules as schedules
 from kopt.batch_norm import update_bn as update_bn
+from kopt.curvature import curvature as curvature
 from kopt.ensemble import Ensemble as Ensemble
 from kopt.numerics import exponentially_weighted_average as exponentially_weighted_average
 from kopt.optimizers.adagrad import Adagrad as Adagrad

@@ -20,8 +20,8 @@ class Objective:
             checks.refuse("model", "a keras.Model", model)
         if not model.built or not model.trainable_variables:
             checks.refuse("model", "built, with trainable weights", model.name)
-        if not model.compiled:
-            checks.refuse("model", "compiled with a loss", model.name)
+        if not model.compiled and type(model).compute_loss is keras.Model.compute_loss:
+            checks.refuse("model", "compiled with a loss, or one with a `compute_loss` of its own", model.name)
         _keras.fetch_state(model)
         self.model, self.training, self.variables = model, training, list(model.trainable_variables)
         dtypes = sorted({_keras.dtype_of(variable) for variable in self.variables})
@@ -49,10 +49,15 @@ class Objective:
         return [ops.reshape(part, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def tensors(self, x, y=None, sample_weight=None) -> tuple:
-        """Data as tensors of one batch."""
-        return keras.tree.map_structure(
-            lambda part: None if part is None else ops.convert_to_tensor(part), (x, y, sample_weight)
-        )
+        """Data as tensors of one batch; floats of NumPy in the dtype of the weights, as `fit` has them."""
+
+        def tensor(part):
+            if part is None or ops.is_tensor(part):
+                return part
+            part = np.asarray(part)
+            return ops.convert_to_tensor(part, self.dtype if part.dtype.kind == "f" else None)
+
+        return keras.tree.map_structure(tensor, (x, y, sample_weight))
 
     def _scope(self, vector):
         pairs = list(zip(self.variables, self.split(vector), strict=True))

@@ -733,6 +733,18 @@ KINDS |= {
         "callback": "a function?",
         "options": "those of the method",
     },
+    kopt.curvature: {
+        "model": "a compiled model",
+        "x": "arrays",
+        "y": "arrays?",
+        "sample_weight": "arrays?",
+        "batch_size": "count 1?",
+        "steps": "count 1",
+        "tolerance": "inner",
+        "probes": "count 2",
+        "seed": "count 0",
+        "verbose": "count 0",
+    },
     kopt.minimize: {
         "model": "a compiled model",
         "x": "arrays",
@@ -750,6 +762,7 @@ KINDS |= {
 TRIED_ELSEWHERE = {  # the step makes `At`; others have a test file of their own
     kopt.At,
     kopt.Ensemble,
+    kopt.curvature,
     kopt.load_optimizer,
     kopt.minimize,
     kopt.minimize_fn,

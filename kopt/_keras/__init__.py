@@ -369,4 +369,5 @@ def takes_training(model) -> bool:
 
 def has_metrics(model) -> bool:
     """Whether a model was compiled with metrics beside its loss."""
-    return bool(model._compile_config.config.get("metrics") or model._compile_config.config.get("weighted_metrics"))
+    given = model._compile_config.config if model.compiled else {}
+    return bool(given.get("metrics") or given.get("weighted_metrics"))

@@ -8,7 +8,7 @@ from kopt import checks, derivatives
 from kopt.optimizers.quasi_newton import machine, search
 from kopt.optimizers.quasi_newton.space import Values
 
-FIRST = 1e-2  # the first damping, in shares of the largest diagonal entry of JᵀJ
+FIRST = 1.0  # the first damping, in shares of the largest diagonal entry of JᵀJ
 
 
 class Residuals:
