@@ -5,11 +5,15 @@ BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 PYTEST := $(BIN)/python -m pytest -n $(or $(WORKERS),2)
+IN_FLOAT64 := $(addprefix tests/test_,rules.py problems.py quasi_newton.py) -m "not slow"
+# What other versions of Keras, TensorFlow and NumPy can break: private names, files, the step, and every example.
+ON_LOWEST := $(addprefix tests/test_,keras_internals.py rules.py step.py citizen.py saving.py loading.py backup.py \
+  callback_base.py polyak_fit.py ensemble.py data.py minimize.py quasi_newton_fit.py) kopt
 OUT ?= out/quickstart
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo test test-all test-tensorflow test-jax test-torch test-slow soak compare-resume lint format bench
-.PHONY: averages snapshots bench-conditions bench-backup bench-schedules bench-averages bench-ensembles clean
+.PHONY: help demo test test-all test-tensorflow test-jax test-torch test-slow test-lowest soak compare-resume lint format bench
+.PHONY: averages snapshots second-order bench-minimize bench-conditions bench-backup bench-schedules bench-averages bench-ensembles clean
 .DEFAULT_GOAL := help
 
 help:  ## List what make can do
@@ -23,19 +27,23 @@ test: test-tensorflow  ## Run the tests on TensorFlow
 test-all: test-tensorflow test-jax test-torch  ## Run the tests on TensorFlow, JAX and torch
 
 test-tensorflow: $(VENV)/.dev
-	KERAS_BACKEND=tensorflow KOPT_FLOATX=float64 $(PYTEST) tests/test_rules.py
+	KERAS_BACKEND=tensorflow KOPT_FLOATX=float64 $(PYTEST) $(IN_FLOAT64)
 	KERAS_BACKEND=tensorflow $(PYTEST) -m "not slow"
 
 test-jax: $(VENV)/.jax
-	KERAS_BACKEND=jax KOPT_FLOATX=float64 $(PYTEST) tests/test_rules.py
+	KERAS_BACKEND=jax KOPT_FLOATX=float64 $(PYTEST) $(IN_FLOAT64)
 	KERAS_BACKEND=jax $(PYTEST) -m "not slow"
 
 test-torch: $(VENV)/.torch
-	KERAS_BACKEND=torch KOPT_FLOATX=float64 $(PYTEST) tests/test_rules.py
+	KERAS_BACKEND=torch KOPT_FLOATX=float64 $(PYTEST) $(IN_FLOAT64)
 	KERAS_BACKEND=torch $(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.jax $(VENV)/.torch  ## Run what takes long on the three backends: trainings killed at random moments
 	for backend in tensorflow jax torch; do KERAS_BACKEND=$$backend $(PYTEST) -m slow || exit 1; done
+
+test-lowest:  ## Run, on the lowest versions that are allowed, what versions can break
+	$(MAKE) .venv-lowest/.dev VENV=.venv-lowest CONSTRAINTS=.ci/constraints-lowest.txt
+	KERAS_BACKEND=tensorflow .venv-lowest/bin/python -m pytest -n $(or $(WORKERS),2) -m "not slow" $(ON_LOWEST)
 
 soak: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Kill a training KILLS times (500) at random moments, on KERAS_BACKEND; the store many times more
 	KOPT_SOAK=$(or $(KILLS),500) $(BIN)/python -m pytest -s tests/test_resume.py -k any_moment
@@ -58,6 +66,9 @@ averages: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Average on
 snapshots: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Snapshot ensembles beside other ways to spend the same epochs; 30 seeds, a picture, in out/snapshots
 	$(BIN)/python recipes/snapshot_ensemble.py --check --out out/snapshots
 
+second-order: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## A physics-informed network by Adam, L-BFGS and self-scaled Broyden; 5 seeds, a picture, in out/lbfgs
+	$(BIN)/python recipes/lbfgs.py --check --out out/lbfgs
+
 bench: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time an optimizer's step beside Keras's; SMOKE=1 for a quick look
 	$(BIN)/python tests/bench/step.py --out out/bench-$(or $(KERAS_BACKEND),tensorflow).json $(if $(SMOKE),--smoke)
 
@@ -75,6 +86,9 @@ bench-averages: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time
 
 bench-ensembles: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time the predictions of five models in a row and as one kopt.Ensemble
 	$(BIN)/python tests/bench/ensembles.py $(if $(SMOKE),--smoke)
+
+bench-minimize: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Evaluations that L-BFGS needs beside others; evaluations a second of minimize and fit
+	$(BIN)/python -m tests.bench.minimize $(if $(SMOKE),--smoke)
 
 clean:  ## Remove what make has made
 	rm -rf .venv .venv-lowest out build dist .pytest_cache .ruff_cache .hypothesis

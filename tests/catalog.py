@@ -730,6 +730,7 @@ KINDS |= {
         "x0": "tensors",
         "method": "a method",
         "max_evals": "count 1",
+        "chunk": "count 1",
         "callback": "a function?",
         "options": "those of the method",
     },

@@ -307,6 +307,7 @@ def test_the_callback_sees_and_stops():
         ({"method": "newton"}, "`method` must be one of 'lbfgs', 'bfgs', 'ssbfgs', 'ssbroyden'"),
         ({"max_evals": 0.5}, "`max_evals` must be an integer"),
         ({"callback": 3}, "`callback` must be a function or None"),
+        ({"maxiter": 9}, "`maxiter` must be left out: the number of evaluations is `max_evals`"),
     ],
 )
 def test_bad_arguments_of_a_function_are_refused(arguments, says):

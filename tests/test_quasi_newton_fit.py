@@ -295,9 +295,7 @@ def test_variables_that_it_cannot_move_are_refused():
         fit(network(kopt.LBFGS(), layers.Dense(2, kernel_constraint="non_neg")), 1)
     with pytest.raises(ValueError, match="`variables` must be all of float32, or all of float64, for LBFGS"):
         kopt.LBFGS().build([keras.Variable([1.0], dtype="bfloat16")])
-    with pytest.raises(
-        ValueError, match="`max_weights` must be 19 or more for this model: BFGS keeps a matrix of 19 x 19"
-    ):
+    with pytest.raises(ValueError, match="`max_weights` must be 19 or more here: BFGS keeps a matrix of 19 x 19"):
         fit(network(kopt.BFGS(max_weights=10)), 1)
 
 

@@ -126,6 +126,46 @@ def test_snapshot_ensemble_refuses_before_it_trains(wrong, capsys):
     assert wrong[0] in capsys.readouterr().err
 
 
+def test_lbfgs(tmp_path, capsys):
+    result = recipe("lbfgs").main(["--smoke", "--out", str(tmp_path)])
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["lbfgs.png", "result.json"]
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert [row["method"] for row in result["rows"]] == ["L-BFGS, 10 pairs", "SSBroyden"]
+    assert all(row["losses"][-1] < 0.5 for row in result["rows"])
+    assert "After Adam, seed 0:" in capsys.readouterr().out
+    assert keras.config.floatx() == "float32"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND == "torch", reason="half an hour: torch compiles nothing; the methods are the same")
+def test_lbfgs_claim():
+    """Self-scaled Broyden far below L-BFGS,."""
+    result = recipe("lbfgs").main(["--seeds", "2", "--quiet", "--check"])
+    assert result["handed"]["Adam, then SSBroyden"] < 1e-2 * result["handed"]["Adam, then L-BFGS"]
+
+
+@pytest.mark.parametrize("wrong", [["--seeds", "0"], ["--evaluations", "9"], ["--out", __file__]])
+def test_lbfgs_refuses_before_it_trains(wrong, capsys):
+    with pytest.raises(SystemExit):
+        recipe("lbfgs").main(wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
+def test_style_transfer(tmp_path, capsys):
+    result = recipe("style_transfer").main(["--smoke", "--out", str(tmp_path)])
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["result.json", "style_transfer.png"]
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert [row["optimizer"] for row in result["rows"]][:2] == ["L-BFGS", "Adam, rate 0.03"]
+    assert all(np.isfinite(row["loss"]) for row in result["rows"])
+
+
+@pytest.mark.parametrize("wrong", [["--evals", "1"], ["--size", "20"], ["--check", "--smoke"], ["--out", __file__]])
+def test_style_transfer_refuses_before_it_begins(wrong, capsys):
+    with pytest.raises(SystemExit):
+        recipe("style_transfer").main(wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
 FENCES = re.compile(r"```python\n(.+?)```", re.DOTALL)
 
 

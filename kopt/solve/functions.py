@@ -1,6 +1,6 @@
 """Whole minimisations: of a function of tensors, and of a model's loss."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -15,8 +15,6 @@ from kopt.optimizers.quasi_newton.optimizer import WHY, QuasiNewton
 from kopt.optimizers.quasi_newton.space import space_of
 
 QUASI_NEWTON = {"lbfgs": LBFGS, "bfgs": BFGS, "ssbfgs": SSBFGS, "ssbroyden": SSBroyden}
-CHUNK = 100  # evaluations in a compiled loop, between two looks at it
-
 MESSAGES = WHY | {"running": "`max_evals` evaluations were not enough"}
 
 
@@ -24,9 +22,9 @@ MESSAGES = WHY | {"running": "`max_evals` evaluations were not enough"}
 class Minimum:
     """What `minimize_fn` has found, with the names of SciPy's `OptimizeResult`."""
 
-    x: Any  # the best point, in the structure of `x0`
+    x: Any = field(repr=False)  # the best point, in the structure of `x0`
     fun: float
-    jac: Any  # the gradient there
+    jac: Any = field(repr=False)  # the gradient there
     nit: int  # steps
     nfev: int  # evaluations of function and gradient
     status: str
@@ -38,7 +36,9 @@ class Minimum:
         return self.status in ("gradient", "loss")
 
 
-def minimize_fn(value_and_grad, x0, method="lbfgs", *, max_evals: int = 1000, callback=None, **options) -> Minimum:
+def minimize_fn(
+    value_and_grad, x0, method="lbfgs", *, max_evals: int = 1000, chunk: int = 100, callback=None, **options
+) -> Minimum:
     """Minimise a function of tensors or NumPy arrays, given its gradient.
 
     Tensors are minimised where they are, the whole loop compiled on TensorFlow and JAX; NumPy arrays are given to the
@@ -50,8 +50,9 @@ def minimize_fn(value_and_grad, x0, method="lbfgs", *, max_evals: int = 1000, ca
         x0: Where to begin: an array, a tensor, a variable, or a list or dict of them.
         method: "lbfgs", "bfgs", "ssbfgs", "ssbroyden", or an optimizer such as `kopt.LBFGS(memory=20)`.
         max_evals: How many evaluations of function and gradient to make at most.
-        callback: Called as `callback(result)` with what there is, after 100 evaluations of a compiled function and
-            each step of others; it ends the minimisation by returning True.
+        chunk: How many evaluations a compiled loop makes between two calls of `callback`.
+        callback: Called as `callback(result)` with what there is, after each chunk where the loop is compiled and after
+            each step where it is not; it ends the minimisation by returning True.
         **options: Arguments of the optimizer, as `gtol`, `ftol`, `memory`. A tolerance of 0 switches it off.
 
     Example:
@@ -64,26 +65,26 @@ def minimize_fn(value_and_grad, x0, method="lbfgs", *, max_evals: int = 1000, ca
     """
     if not callable(value_and_grad):
         checks.refuse("value_and_grad", "a function that returns value and gradient", value_and_grad)
-    max_evals = checks.count(1)("max_evals", max_evals)
+    max_evals, chunk = checks.count(1)("max_evals", max_evals), checks.count(1)("chunk", chunk)
     if callback is not None and not callable(callback):
         checks.refuse("callback", "a function or None", callback)
     optimizer = optimizer_of(method, options)
     point = Flat(x0)
     rules, m = optimizer.rules()._replace(check_noise=False), space_of(point.start)
-    state = machine.begun(optimizer.method(), point.start, m)
     optimizer.check_size(point.start.shape[0])
+    state = machine.begun(optimizer.method(), point.start, m)
 
     def evaluated(state, data, m):
         value, gradient = point.called(value_and_grad, state.trial)
         return machine.advanced(state, state.trial, m.number(value), gradient, optimizer.method(), rules, m)
 
     if point.is_compiled:
-        chunk = compiled_chunks(evaluated, point.start)
+        loop = compiled_chunks(evaluated, point.start)
     with np.errstate(all="ignore"):
         while int(state.search.status) == search.RUNNING and int(state.search.evaluations) < max_evals:
             before = int(state.search.iterations)
             if point.is_compiled:
-                state = chunk(state, min(max_evals, int(state.search.evaluations) + CHUNK))
+                state = loop(state, min(max_evals, int(state.search.evaluations) + chunk))
             else:
                 state = evaluated(state, (), m)
             is_step = point.is_compiled or int(state.search.iterations) > before
@@ -136,7 +137,7 @@ class Flat:
         """The value of a function at a vector, and its gradient as one."""
         found = function(self.split(vector))
         if not isinstance(found, (tuple, list)) or len(found) != 2:
-            checks.refuse("value_and_grad", "a function that returns value and gradient", found)
+            checks.refuse("value_and_grad", "a function that returns value and gradient, both of them", function)
         value, gradient = found
         try:
             keras.tree.assert_same_structure(self.like, gradient)
@@ -148,13 +149,19 @@ class Flat:
         return value, self.joined(gradients)
 
     def _like(self, part, like):
-        part = np.array(part, self.dtype) if self.xp is np else ops.cast(backends.detached(part), self.dtype)
+        if self.xp is np:
+            part = np.array(ops.convert_to_numpy(part) if ops.is_tensor(part) else part, self.dtype)
+        else:
+            part = ops.cast(backends.detached(part) if ops.is_tensor(part) else part, self.dtype)
         if tuple(part.shape) != tuple(like.shape):
             raise ValueError(f"Its shape is {tuple(part.shape)}, that of `x0` {tuple(like.shape)}.")
         return part
 
 
 def optimizer_of(method, options) -> QuasiNewton:
+    for name in ("maxiter", "max_iter", "maxfun", "max_eval", "maxfev"):
+        if name in options:
+            checks.refuse(name, "left out: the number of evaluations is `max_evals`", options[name])
     if isinstance(method, QuasiNewton):
         for name, value in options.items():
             checks.refuse(name, "an argument of the optimizer that `method` is", value)
@@ -163,10 +170,7 @@ def optimizer_of(method, options) -> QuasiNewton:
 
 
 def compiled_chunks(evaluated, start):
-    """`(state, limit, data) -> state` after at most `limit` evaluations, in compiled loops of `CHUNK` of them.
-
-    `evaluated(state, data, m)` makes one.
-    """
+    """`(state, limit, data) -> state` after at most `limit` evaluations, compiled; `evaluated(state, data, m)` is one."""
 
     def goes_on(state, limit):
         return (state.search.status == search.RUNNING) & (state.search.evaluations < limit)

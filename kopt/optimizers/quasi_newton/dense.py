@@ -90,7 +90,7 @@ class Dense(QuasiNewton):
 
     def check_size(self, size):
         if size > self.max_weights:
-            allowed = f"{size} or more for this model: {type(self).__name__} keeps a matrix of {size} x {size}, which "
+            allowed = f"{size} or more here: {type(self).__name__} keeps a matrix of {size} x {size}, which "
             allowed += (
                 f"is {4e-9 * size**2:.1f} GB in float32, and goes through it at each step; `kopt.LBFGS` keeps none"
             )

@@ -43,7 +43,7 @@ def is_curved(product, change, turn, m):
 
 def times(memory, pairs, vector, size, m):
     """The inverse Hessian that the last pairs stand for, times a vector: the two loops."""
-    changes, turns, products = memory
+    changes, turns, products = memory[0], memory[1], m.table(memory[2])
     known = m.minimum(pairs, size)
 
     def place(age):
@@ -51,18 +51,18 @@ def times(memory, pairs, vector, size, m):
 
     def back(age, carry):  # from the youngest pair to the oldest
         vector, shares = carry
-        share = m.dot(changes[place(age)], vector) / m.number(products[place(age)])
-        return vector - share * turns[place(age)], m.put(shares, share, age)
+        share = m.dot(m.row(changes, place(age)), vector) / m.row(products, place(age))
+        return vector - share * m.row(turns, place(age)), m.put(shares, share, age)
 
     def forth(i, carry):  # and to the youngest again
         vector, shares = carry
         age = known - 1 - i
-        share = m.number(shares[age]) - m.dot(turns[place(age)], vector) / m.number(products[place(age)])
-        return vector + share * changes[place(age)], shares
+        share = m.row(shares, age) - m.dot(m.row(turns, place(age)), vector) / m.row(products, place(age))
+        return vector + share * m.row(changes, place(age)), shares
 
-    vector, shares = m.repeat(known, back, (vector, m.zeros((size,))))
-    last = turns[place(0)]
-    vector = vector * m.where(pairs > 0, m.ratio(m.number(products[place(0)]), m.dot(last, last)), 1.0)
+    vector, shares = m.repeat(known, back, (vector, m.blank(size)))
+    last = m.row(turns, place(0))
+    vector = vector * m.where(pairs > 0, m.ratio(m.row(products, place(0)), m.dot(last, last)), 1.0)
     return m.repeat(known, forth, (vector, shares))[0]
 
 

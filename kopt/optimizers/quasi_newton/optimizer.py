@@ -83,7 +83,7 @@ class QuasiNewton(Declared, _keras.OptimizerBridge):
             where the loss is flat to its precision. "gradient" goes by the slope alone. "none" takes every step.
         c1: How much of the decrease that the slope promises a step must bring.
         c2: What share of the slope may be left after a step.
-        gtol: No entry of the gradient above this is the end. 0: there is no such end.
+        gtol: No entry of the gradient above this is the end; the scale of the loss counts. 0: there is no such end.
         ftol: Three steps in a row that lower the loss by no more than this share of it are the end. "auto" is 64 times
             the precision of the dtype. 0: there is no such end.
         max_line_search: How many steps to try along one direction.

@@ -68,11 +68,15 @@ class Values(Space):
             carry = body(i, carry)
         return carry
 
+    @staticmethod
+    def row(rows, place):
+        return rows[place]
+
     def put(self, rows, row, place, when=True):
         """The rows with one replaced; where memory can be written to, it is written in place."""
         if not when:
             return rows
-        if self.xp is np or backends.BACKEND == "torch":
+        if self.xp is np or backends.BACKEND == "torch" or isinstance(rows, list):
             rows[place] = row
             return rows
         row = ops.convert_to_tensor(row, self.dtype)
@@ -81,6 +85,15 @@ class Values(Space):
     def parts(self, vector, dtype) -> list:
         """The entries of a vector as numbers."""
         return ops.convert_to_numpy(vector).tolist()
+
+    @staticmethod
+    def table(vector) -> list:
+        """A vector whose entries are asked for as numbers, one by one."""
+        return vector.tolist() if hasattr(vector, "tolist") else ops.convert_to_numpy(vector).tolist()
+
+    @staticmethod
+    def blank(size) -> list:
+        return [0.0] * size
 
     def count(self, value) -> int:
         return int(value)
@@ -154,14 +167,25 @@ class Traced(Space):
     def repeat(times, body, carry):
         return ops.fori_loop(0, times, body, carry)
 
+    @staticmethod
+    def row(rows, place):
+        return ops.take(rows, place, axis=0)  # an index in brackets takes XLA half a minute to compile on TensorFlow
+
     def put(self, rows, row, place, when=True):
-        row = ops.where(when, row, rows[place])
+        row = ops.where(when, row, self.row(rows, place))
         start = [ops.cast(index, "int32") for index in (place, *[0] * len(row.shape))]
         return ops.slice_update(rows, start, row[None])
 
     def parts(self, vector, dtype) -> list:
         vector = backends.read(vector, dtype)
-        return [vector[i] for i in range(vector.shape[0])]
+        return list(ops.unstack(vector))
+
+    @staticmethod
+    def table(vector):
+        return vector
+
+    def blank(self, size):
+        return self.zeros((size,))
 
     def count(self, value):
         return ops.convert_to_tensor(value, "int32")
@@ -180,7 +204,9 @@ class Traced(Space):
         return ops.convert_to_tensor(value, own if isinstance(other, (bool, int, float)) else other.dtype)
 
     def cond(self, condition, a, b):
-        return ops.cond(condition, a, b)
+        """One or the other, as a loop of one turn or none, which XLA does in place."""
+
+        return ops.while_loop(lambda go, _: go, lambda go, _: (ops.zeros_like(go), a()), (condition, b()))[1]
 
     def no(self, condition):
         return ops.logical_not(condition)
