@@ -170,7 +170,7 @@ def optimizer_of(method, options) -> QuasiNewton:
 
 
 def compiled_chunks(evaluated, start):
-    """`(state, limit, data) -> state` after at most `limit` evaluations, compiled; `evaluated(state, data, m)` is one."""
+    """`(state, limit, data) -> state` after at most `limit` evaluations by `evaluated(state, data, m)`, compiled."""
 
     def goes_on(state, limit):
         return (state.search.status == search.RUNNING) & (state.search.evaluations < limit)

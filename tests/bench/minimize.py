@@ -84,13 +84,11 @@ def speeds(evaluations, rounds) -> None:
         begun = time.perf_counter()
         model.fit(*many, **arguments)
         found["fit, one long epoch"].append(evaluations / (time.perf_counter() - begun))
-        times = []
-        callback = keras.callbacks.LambdaCallback(on_epoch_end=lambda e, logs: times.append(time.perf_counter()))
-        method = kopt.LBFGS(gtol=0, ftol=0)
+        clock, method = Clock(), kopt.LBFGS(gtol=0, ftol=0)
         kopt.minimize(
-            network(), x, y, method, max_evals=3 * evaluations, chunk=evaluations, callbacks=[callback], verbose=0
+            network(), x, y, method, max_evals=3 * evaluations, chunk=evaluations, callbacks=[clock], verbose=0
         )
-        found["minimize"].append(2 * evaluations / (times[-1] - times[0]))  # the first chunk compiles
+        found["minimize"].append(2 * evaluations / (clock.times[-1] - clock.times[0]))  # the first chunk compiles
     base = statistics.median(found["fit, one long epoch"])
     print(f"\nevaluations a second, {model.count_params()} weights, {ROWS} rows, {keras.backend.backend()}")
     for name, rates in found.items():
