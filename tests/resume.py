@@ -161,6 +161,10 @@ def star():
     return kopt.callbacks.SnapshotEnsemble(2, 0.05, cycle_mult=1.5, topology="star", directory="snapshots")
 
 
+def searching(rate):
+    return kopt.LBFGS(accumulate_steps=8)
+
+
 def smaller():
     return keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.9)
 
@@ -257,6 +261,7 @@ SCENARIOS = EIGHT | {
         kopt.SGD, {"momentum": 0.9}, layer=layers.BatchNormalization, callbacks=(snapshots, polyak), steps=3
     ),
     "star": Scenario(ADAM, layer=lambda: layers.Dropout(0.5), callbacks=(star,), alone=False),
+    "search": Scenario(searching, callbacks=(kopt.callbacks.LineSearchMonitor,), fit=PLAIN, steps=3),
     "narrow": Scenario(layer=lambda: layers.Dense(3, dtype="bfloat16"), steps=3),
     "cut": Scenario(fit={"steps_per_epoch": 3}, steps=2),
     "seek": Scenario(data=lambda: (kopt.data.seekable(Batches(1, workers=2), shuffle=True), None), steps=3),

@@ -72,8 +72,8 @@ class LineSearchMonitor(Callback):
         if optimizer.is_at("point"):
             optimizer.show("trial")
         keepers = [one for one in fit.callbacks if _keras.keeping_method(one)]
-        self._undo = [around_validation(self, self.model, self.best)]
-        self._undo += [around_keeping(one, self.best) for one in keepers]
+        self._undo = [around_validation(self, self.model, self.best_point)]
+        self._undo += [around_keeping(one, self.best_point) for one in keepers]
 
     def _check_batches(self, fit, accumulate_steps) -> None:
         if fit.arrays is None:
@@ -93,7 +93,7 @@ class LineSearchMonitor(Callback):
             )
 
     @contextlib.contextmanager
-    def best(self):
+    def best_point(self):
         """A context in which the model has the best point so far, and then again what it had."""
         _keras.fetch_state(self.model)
         optimizer = self.optimizer
