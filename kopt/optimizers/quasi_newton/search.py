@@ -11,6 +11,9 @@ or, where the loss is flat to its precision, by Hager and Zhang's approximation 
 
     slope <= (2 * DELTA - 1) * slope0     and    loss <= loss0 + SLACK * eps * |loss0|
 
+Where no step meets them, after `max_line_search` trials or because the bracket holds no other number, the best of those
+that were too short is taken, if it lowers the loss. No point is accepted that is worse than the first.
+
 Reference: Nocedal and Wright, "Numerical Optimization", 2nd ed., 2006, chapter 3. Hager and Zhang, "A new conjugate
 gradient method with guaranteed descent and an efficient line search", SIAM Journal on Optimization 16(1), 2005.
 """
