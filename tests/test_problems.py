@@ -36,11 +36,19 @@ def test_all_are_solved(ours):
     assert [name for name, count in ours.items() if count is None] == []
 
 
+HARD = {  # on which methods differ; `make bench-minimize` has all, which takes optax minutes to compile
+    "powell-badly-scaled", "brown-badly-scaled", "jennrich-sampson", "meyer", "gulf", "wood", "kowalik-osborne",
+    "osborne-1", "biggs-exp6", "watson-9", "chebyquad", "chained-rosenbrock",
+}  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "jax", reason="optax is a library for JAX")
 def test_as_many_are_solved_as_by_optax(ours):
     pytest.importorskip("optax", reason="`make test-jax` installs optax")
-    assert profiles.solved(ours) >= profiles.solved(profiles.counts(profiles.by_optax, FLOATX))
+    hard = [problem for problem in PROBLEMS if problem.name in HARD]
+    theirs = profiles.counts(profiles.by_optax, FLOATX, problems=hard)
+    assert profiles.solved({name: ours[name] for name in theirs}) >= profiles.solved(theirs)
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="torch's optimizer needs torch")
