@@ -35,8 +35,8 @@ test-jax: $(VENV)/.jax
 	KERAS_BACKEND=jax $(PYTEST) -m "not slow"
 
 test-torch: $(VENV)/.torch
-	KERAS_BACKEND=torch KOPT_FLOATX=float64 $(PYTEST) $(IN_FLOAT64)
-	KERAS_BACKEND=torch $(PYTEST) -m "not slow"
+	OMP_NUM_THREADS=1 KERAS_BACKEND=torch KOPT_FLOATX=float64 $(PYTEST) $(IN_FLOAT64)
+	OMP_NUM_THREADS=1 KERAS_BACKEND=torch $(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.jax $(VENV)/.torch  ## Run what takes long on the three backends: trainings killed at random moments
 	for backend in tensorflow jax torch; do KERAS_BACKEND=$$backend $(PYTEST) -m slow || exit 1; done
