@@ -343,3 +343,43 @@ def test_a_model_is_compiled_like_another():
     assert float(twin.optimizer.learning_rate) == 0.25
     assert twin.optimizer is not model.optimizer
     assert not {id(one) for one in twin.metrics_variables} & {id(one) for one in model.metrics_variables}
+
+
+def test_whether_a_model_is_told_that_it_is_trained():
+    class Plain(keras.Model):
+        def call(self, x):
+            return x
+
+    inputs = keras.Input((1,))
+    assert not _keras.takes_training(Plain())
+    assert _keras.takes_training(keras.Model(inputs, inputs))
+    assert _keras.takes_training(keras.Sequential([inputs]))
+
+
+def test_whether_a_model_has_metrics():
+    model = keras.Sequential([keras.Input((1,))])
+    assert not _keras.has_metrics(model)
+    model.compile(loss="mse")
+    assert not _keras.has_metrics(model)
+    for given in ({"metrics": ["mae"]}, {"weighted_metrics": ["mae"]}):
+        model.compile(loss="mse", **given)
+        assert _keras.has_metrics(model)
+
+
+def test_a_loss_is_scaled_where_it_is_differentiated():
+    """`QuasiNewton` takes the loss from there; on JAX it has a value after the gradient, too."""
+    seen = []
+
+    class Looks(keras.optimizers.SGD):
+        def scale_loss(self, loss):
+            seen.append(ops.stop_gradient(loss))
+            return super().scale_loss(loss)
+
+        def apply(self, grads, trainable_variables=None):
+            self.learning_rate.assign(ops.cast(seen[-1], "float32"))
+            return super().apply([0 * g for g in grads], trainable_variables)
+
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, kernel_initializer="ones")])
+    model.compile(Looks(), loss="mse")
+    model.fit(np.ones((2, 1)), np.zeros((2, 1)), verbose=0)
+    assert float(ops.convert_to_numpy(model.optimizer.learning_rate)) == 1.0
