@@ -88,7 +88,7 @@ bench-ensembles: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Tim
 	$(BIN)/python tests/bench/ensembles.py $(if $(SMOKE),--smoke)
 
 bench-minimize: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Evaluations that L-BFGS needs beside others; evaluations a second of minimize and fit
-	$(BIN)/python -m tests.bench.minimize $(if $(SMOKE),--smoke)
+	$(BIN)/python -m tests.bench.minimize $(if $(SMOKE),--smoke,--all)
 
 clean:  ## Remove what make has made
 	rm -rf .venv .venv-lowest out build dist .pytest_cache .ruff_cache .hypothesis

@@ -215,8 +215,7 @@ def test_a_noisy_loss_is_said(cause):
             {"batch_size": 8},
             r"`batch_size` must be 32, all rows, or `accumulate_steps` .*: 4. Received: batch_size=8",
         ),
-        (None, {"batch_size": None}, "`batch_size` must be 32") if len(X) > 32 else None,
-    ][:3],
+    ],
 )
 def test_the_monitor_refuses_noise_before_the_first_step(hidden, arguments, refused):
     model = network(kopt.LBFGS(), *([hidden[0](hidden[1])] if hidden else []))

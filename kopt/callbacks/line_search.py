@@ -52,9 +52,6 @@ class LineSearchMonitor(Callback):
         self.stop_on_convergence = checks.boolean("stop_on_convergence", stop_on_convergence)
         self.verbose = checks.count(0)("verbose", verbose)
 
-    def get_state(self):
-        return {}
-
     @property
     def optimizer(self) -> QuasiNewton:
         """The optimizer that is followed."""

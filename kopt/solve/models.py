@@ -12,7 +12,7 @@ from kopt.optimizers.quasi_newton import machine, noise, search
 from kopt.optimizers.quasi_newton.optimizer import QuasiNewton
 from kopt.optimizers.quasi_newton.space import space_of
 from kopt.solve.functions import MESSAGES, QUASI_NEWTON, compiled_chunks, optimizer_of
-from kopt.solve.newton import LineSearch, TrustRegion, steihaug
+from kopt.solve.newton import LineSearch, TrustRegion
 from kopt.solve.squares import LevenbergMarquardt, Residuals, jacobian_of
 
 METHODS = (*QUASI_NEWTON, "newton", "newton-cg", "lm")
@@ -173,12 +173,7 @@ def _run(objective, data, method, options):
     value_and_gradient = on_host(objective.value_and_gradient)
     if method == "newton":
         return LineSearch(start, rules, value_and_gradient, on_host(objective.hessian))
-    product = on_host(objective.hessian_product)
-
-    def propose(point, gradient, radius):
-        return steihaug(lambda v: product(point, v), gradient, radius)
-
-    return TrustRegion(start, rules, value_and_gradient, propose)
+    return TrustRegion(start, rules, value_and_gradient, on_host(objective.hessian_product))
 
 
 def _tolerances(options) -> dict:

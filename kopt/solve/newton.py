@@ -4,6 +4,7 @@ import numpy as np
 
 from kopt.optimizers.quasi_newton import machine, search
 from kopt.optimizers.quasi_newton.space import Values
+from kopt.solve.trust import Foretold
 
 DAMPING = 4.0  # how much more is added to the Hessian until it has a Cholesky factor
 LEAST = 1e-3  # that is added first, in shares of its largest diagonal entry
@@ -72,57 +73,33 @@ class LineSearch:
                 )
 
 
-class TrustRegion:
-    """Minimise a model of the loss within a radius, which grows and shrinks with how well the model has foretold.
-
-    `propose(point, gradient, radius)` gives a step and the decrease of the loss that the model promises.
+class TrustRegion(Foretold):
+    """Newton's method within a radius, which grows and shrinks; `product(point, v)` is the Hessian times v.
 
     Nocedal and Wright, "Numerical Optimization", algorithm 4.1.
     """
 
-    def __init__(self, start, rules, value_and_gradient, propose, radius=1.0):
-        self.rules, self.evaluate, self.propose, self.radius = rules, value_and_gradient, propose, radius
-        self.m, zeros = Values(start), np.zeros_like(start)
-        self.state = machine.State(search.Search(), start, zeros, zeros, start, ())
-        self.promised = 0.0
+    def __init__(self, start, rules, value_and_gradient, product, radius=1.0):
+        super().__init__(start, rules)
+        self.evaluate, self.product, self.radius = value_and_gradient, product, radius
 
-    def go(self, limit) -> None:
-        with np.errstate(all="ignore"):
-            while self.state.search.status == search.RUNNING and self.state.search.evaluations < limit:
-                self._step()
+    def loss_at(self, x):
+        loss, self.found = self.evaluate(x)
+        return float(loss) if np.isfinite(self.found).all() else np.nan
 
-    def _step(self) -> None:
-        state, m = self.state, self.m
-        s, x = state.search, state.trial
-        loss, gradient = self.evaluate(x)
-        loss, is_first = float(loss), s.phase == search.NEW
-        finite = np.isfinite(loss) and bool(np.isfinite(gradient).all())
-        s = s._replace(evaluations=s.evaluations + 1)
-        if is_first and not finite:
-            self.state = state._replace(search=s._replace(status=search.NONFINITE))
-            return
-        ratio = (s.loss - loss) / self.promised if finite and not is_first and self.promised > 0 else -np.inf
-        accepted = is_first or (finite and ratio > 1e-4 and loss <= s.loss)
-        length = float(np.linalg.norm((x - state.point).astype("float64")))
-        if not is_first:
-            self._resize(ratio, length)
-        if accepted:
-            s = machine.reached(s, loss, m.largest(gradient), not is_first, False, False, self.rules, m)
-            s = s._replace(phase=search.SEARCHING, taken=length)
-            state = state._replace(point=x, gradient=gradient)
-        status, trial = s.status, state.point
-        if status == search.RUNNING:
-            step, self.promised = self.propose(state.point, state.gradient, self.radius)
-            trial = (state.point + step).astype(x.dtype)
-            if np.array_equal(trial, state.point) or not self.promised > m.eps * abs(s.loss) * 1e-3:
-                status, trial = search.STUCK, state.point
-        self.state = state._replace(search=s._replace(status=status), trial=trial)
+    def gradient_at(self, x):
+        self.best = x, self.found
+        return self.found
 
-    def _resize(self, ratio, length) -> None:
+    def learn(self, ratio, length):
         if ratio < 0.25:
             self.radius = 0.25 * length
         elif ratio > 0.75 and length > 0.8 * self.radius:
             self.radius = 2 * self.radius
+
+    def propose(self, loss):
+        point, gradient = self.best
+        return steihaug(lambda v: self.product(point, v), gradient, self.radius)
 
 
 def steihaug(product, gradient, radius):

@@ -5,8 +5,7 @@ import numpy as np
 from keras import ops
 
 from kopt import checks, derivatives
-from kopt.optimizers.quasi_newton import machine, search
-from kopt.optimizers.quasi_newton.space import Values
+from kopt.solve.trust import ENOUGH, Foretold
 
 FIRST = 1.0  # the first damping, in shares of the largest diagonal entry of JᵀJ
 
@@ -45,7 +44,7 @@ class Residuals:
         return ops.cast(ops.concatenate(parts), self.objective.dtype)
 
 
-class LevenbergMarquardt:
+class LevenbergMarquardt(Foretold):
     """Solve (JᵀJ + μ) step = -Jᵀr, with the μ of Nielsen: less where the linear model has foretold well.
 
     Nielsen, "Damping parameter in Marquardt's method", Technical University of Denmark, IMM-REP-1999-05. The smaller of
@@ -53,45 +52,22 @@ class LevenbergMarquardt:
     """
 
     def __init__(self, start, rules, residuals, jacobian):
-        self.rules, self.residuals, self.jacobian = rules, residuals, jacobian
-        self.m, zeros = Values(start), np.zeros_like(start)
-        self.state = machine.State(search.Search(), start, zeros, zeros, start, ())
-        self.damping, self.growth, self.promised = None, 2.0, 0.0
+        super().__init__(start, rules)
+        self.residuals, self.jacobian = residuals, jacobian
+        self.damping, self.growth = None, 2.0
 
-    def go(self, limit) -> None:
-        with np.errstate(all="ignore"):
-            while self.state.search.status == search.RUNNING and self.state.search.evaluations < limit:
-                self._step()
+    def loss_at(self, x):
+        return float(np.sum(np.asarray(self.residuals(x), "float64") ** 2))
 
-    def _step(self) -> None:
-        state, m = self.state, self.m
-        s, x = state.search, state.trial
-        is_first = s.phase == search.NEW
-        loss = float(np.sum(np.asarray(self.residuals(x), "float64") ** 2))
-        s = s._replace(evaluations=s.evaluations + 1)
-        if is_first and not np.isfinite(loss):
-            self.state = state._replace(search=s._replace(status=search.NONFINITE))
-            return
-        ratio = (s.loss - loss) / self.promised if np.isfinite(loss) and self.promised > 0 else -np.inf
-        if is_first or ratio > 1e-4:
-            self._linearize(x)
-            gradient = (2 * self.jacobian_now.T @ self.residuals_now).astype(x.dtype)
-            length = float(np.linalg.norm((x - state.point).astype("float64")))
-            s = machine.reached(s, loss, m.largest(gradient), not is_first, False, False, self.rules, m)
-            s = s._replace(phase=search.SEARCHING, taken=length)
-            state = state._replace(point=x, gradient=gradient)
-            if not is_first:
-                self.damping *= max(1 / 3, 1 - (2 * min(ratio, 1.0) - 1) ** 3)
-            self.growth = 2.0
+    def gradient_at(self, x):
+        self._linearize(x)
+        return (2 * self.jacobian_now.T @ self.residuals_now).astype(x.dtype)
+
+    def learn(self, ratio, length):
+        if ratio > ENOUGH:
+            self.damping, self.growth = self.damping * max(1 / 3, 1 - (2 * min(ratio, 1.0) - 1) ** 3), 2.0
         else:
             self.damping, self.growth = self.damping * self.growth, self.growth * 2
-        status, trial = s.status, state.point
-        if status == search.RUNNING:
-            step, self.promised = self._solved(s.loss)
-            trial = (state.point + step).astype(x.dtype)
-            if np.array_equal(trial, state.point) or not np.isfinite(trial).all():
-                status, trial = search.STUCK, state.point
-        self.state = state._replace(search=s._replace(status=status), trial=trial)
 
     def _linearize(self, x) -> None:
         residuals, jacobian = self.jacobian(x)
@@ -101,7 +77,7 @@ class LevenbergMarquardt:
         if self.damping is None:
             self.damping = FIRST * max(float(np.max(np.sum(j * j, axis=0))), np.finfo("float64").tiny)
 
-    def _solved(self, loss):
+    def propose(self, loss):
         """The step for the damping there is, and the decrease that the linear model promises."""
         r, j = self.residuals_now, self.jacobian_now
         damped = self.normal + self.damping * np.eye(len(self.normal))

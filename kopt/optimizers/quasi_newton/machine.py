@@ -29,8 +29,7 @@ def begun(method, x, m) -> State:
 def is_over(state: State, x, loss, m):
     """Whether a method that has ended stays so: not if somebody has moved the point or changed what is minimised."""
     s = state.search
-    is_new = m.abs(loss - s.loss) > m.root_eps * m.maximum(m.abs(loss), m.abs(s.loss))
-    stays = m.equal(x, state.point) & ((s.status == search.NOISY) | m.no(is_new))
+    stays = m.equal(x, state.point) & ((s.status == search.NOISY) | m.no(is_other(loss, s.loss, m)))
     return (s.status != search.RUNNING) & stays
 
 
@@ -86,10 +85,14 @@ def found_at(state: State, x, loss, m) -> Search:
 
 def differs(state: State, loss, gradient, rules: Rules, m):
     """Whether a second evaluation of one point says something else than the first."""
-    s = state.search
-    by_loss = m.abs(loss - s.loss) > m.root_eps * m.maximum(m.abs(loss), m.abs(s.loss))
-    by_gradient = m.largest(gradient - state.gradient) > DIFFERENCE * s.norm
-    return by_gradient if rules.is_blind else by_loss
+    if rules.is_blind:
+        return m.largest(gradient - state.gradient) > DIFFERENCE * state.search.norm
+    return is_other(loss, state.search.loss, m)
+
+
+def is_other(loss, before, m):
+    """Whether two losses differ by more than the order of a sum can make."""
+    return m.abs(loss - before) > m.root_eps * m.maximum(m.abs(loss), m.abs(before))
 
 
 def reached(s: Search, loss, norm, is_step, learns, is_noisy, rules: Rules, m) -> Search:
