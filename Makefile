@@ -9,11 +9,12 @@ IN_FLOAT64 := $(addprefix tests/test_,rules.py problems.py quasi_newton.py) -m "
 # What other versions of Keras, TensorFlow and NumPy can break: private names, files, the step, and every example.
 ON_LOWEST := $(addprefix tests/test_,keras_internals.py rules.py step.py citizen.py saving.py loading.py backup.py \
   callback_base.py polyak_fit.py ensemble.py data.py minimize.py quasi_newton_fit.py) kopt
+BENCHES := $(addprefix bench-,step $(if $(filter torch,$(KERAS_BACKEND)),,conditions) backup schedules averages ensembles minimize)
 OUT ?= out/quickstart
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: help demo test test-all test-tensorflow test-jax test-torch test-slow test-lowest soak compare-resume lint format bench
-.PHONY: averages snapshots second-order bench-minimize bench-conditions bench-backup bench-schedules bench-averages bench-ensembles clean
+.PHONY: averages snapshots second-order bench-step bench-minimize bench-conditions bench-backup bench-schedules bench-averages bench-ensembles clean
 .DEFAULT_GOAL := help
 
 help:  ## List what make can do
@@ -67,9 +68,11 @@ snapshots: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Snapshot 
 	$(BIN)/python recipes/snapshot_ensemble.py --check --out out/snapshots
 
 second-order: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## A physics-informed network by Adam, L-BFGS and self-scaled Broyden; 5 seeds, a picture, in out/lbfgs
-	$(BIN)/python recipes/lbfgs.py --check --out out/lbfgs
+	$(BIN)/python recipes/lbfgs.py $(if $(SMOKE),--smoke,--check) --out out/lbfgs
 
-bench: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time an optimizer's step beside Keras's; SMOKE=1 for a quick look
+bench: $(BENCHES) second-order  ## All of the following and second-order, on KERAS_BACKEND; SMOKE=1 for a quick look
+
+bench-step: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time an optimizer's step beside Keras's
 	$(BIN)/python tests/bench/step.py --out out/bench-$(or $(KERAS_BACKEND),tensorflow).json $(if $(SMOKE),--smoke)
 
 bench-conditions: $(VENV)/.$(or $(filter jax,$(KERAS_BACKEND)),dev)  ## Time the forms of a condition in a compiled step
