@@ -73,11 +73,23 @@ class Objective:
 
     def loss(self, vector, data):
         """The loss of one batch, with the penalties."""
-        x, y, sample_weight = data
         with self._scope(vector):
-            predicted = self._called(x)
-            loss = self.model.compute_loss(x, y, predicted, sample_weight, training=self.training)
+            return self._computed(data)
+
+    def _computed(self, data):
+        x, y, sample_weight = data
+        loss = self.model.compute_loss(x, y, self._called(x), sample_weight, training=self.training)
         return ops.cast(loss, self.dtype)
+
+    def drawing(self, data) -> list[str]:
+        """The layers that draw at random when the loss is computed."""
+        with backends.unrecorded(), self._scope(self.vector()) as scope:
+            self._computed(data)
+        return [
+            layer.name
+            for layer in _keras.layers_of(self.model)
+            if any(scope.get_current_value(generator.state) is not None for generator in _keras.generators_of(layer))
+        ]
 
     def value_and_gradient(self, vector, data):
         return derivatives.value_and_gradient(lambda w: self.loss(w, data))(vector)

@@ -259,8 +259,42 @@ def test_models_that_cannot_be_minimised_are_refused():
         kopt.minimize(keras.Sequential([layers.Dense(1)]), X, Y)
     with pytest.raises(ValueError, match="`model` must be compiled with a loss, or one with a `compute_loss`"):
         kopt.minimize(keras.Sequential([keras.Input((1,)), layers.Dense(1)]), X, Y)
-    with pytest.raises(ValueError, match="`model` must be without layers that draw at random"):
-        kopt.minimize(network(layers.Dropout(0.5)), X, Y)
+
+
+class Sampled(keras.Sequential):
+    """A model whose loss is taken on points that it draws."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        points = keras.random.uniform((8, 1), seed=self.points)
+        return ops.mean(ops.square(self(points) - points))
+
+
+def sampled():
+    model = Sampled([keras.Input((1,)), layers.Dense(1)], name="sampled")
+    model.points = keras.random.SeedGenerator(0)
+    model.compile()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: network(layers.Dropout(0.5)), "dropout"),
+        (lambda: network(layers.Reshape((1, 1)), layers.LSTM(2, dropout=0.5)), "lstm_cell"),
+        (
+            lambda: network(layers.Reshape((1, 1, 1)), layers.RandomBrightness(0.5), layers.Flatten()),
+            "random_brightness",
+        ),
+        (sampled, "sampled"),
+    ],
+)
+def test_layers_that_draw_at_random_are_refused_by_name(make, name):
+    with pytest.raises(ValueError, match=rf"`model` must be without layers that draw at random.*\['{name}'\]"):
+        kopt.minimize(make(), X, Y)
+
+
+def test_layers_that_could_draw_but_do_not_are_taken():
+    kopt.minimize(network(layers.Dropout(0.0), layers.Reshape((1, 1)), layers.LSTM(2)), X, Y, max_evals=1, verbose=0)
 
 
 # minimize_fn
@@ -298,6 +332,7 @@ def test_the_callback_sees_and_stops():
         ({"value_and_grad": 3}, "`value_and_grad` must be a function"),
         ({"value_and_grad": lambda x: x}, "`value_and_grad` must be a function that returns value and gradient"),
         ({"value_and_grad": lambda x: (0.0, np.zeros(3))}, "`value_and_grad` must return a gradient in the structure"),
+        ({"value_and_grad": lambda x: (x, x)}, "`value_and_grad` must be a function whose value is one number"),
         ({"x0": "here"}, "`x0` must be numbers"),
         ({"x0": []}, "`x0` must be numbers"),
         (
@@ -314,6 +349,13 @@ def test_bad_arguments_of_a_function_are_refused(arguments, says):
     given = {"value_and_grad": lambda x: (float(x @ x), 2 * x), "x0": np.zeros(2)} | arguments
     with pytest.raises(ValueError, match=says):
         kopt.minimize_fn(**given)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="torch's tensors have values in a function")
+def test_a_function_that_cannot_be_compiled_is_told_why():
+    with pytest.raises((TypeError, NotImplementedError)) as raised:
+        kopt.minimize_fn(lambda x: (float(np.sum(np.asarray(x))), 2 * x), ops.zeros(3))
+    assert "Give `x0` as a NumPy array" in raised.value.__notes__[0]
 
 
 def test_integers_begin_as_floats():

@@ -225,6 +225,11 @@ def layers_of(model) -> list:
     return list(model._flatten_layers())
 
 
+def generators_of(layer) -> list:
+    """The sources of random numbers that a layer itself has."""
+    return [value for value in vars(layer).values() if isinstance(value, keras.random.SeedGenerator)]
+
+
 def fetch_state(model) -> None:
     """Let the variables of a model have their values, where JAX holds them between two steps."""
     if model is not None:

@@ -64,7 +64,7 @@ class LineSearchMonitor(Callback):
         super().on_train_begin(logs)
         self._take_back()
         fit, optimizer = running.Fit(self), self.optimizer
-        noise.check_model(self.model, optimizer.name)
+        noise.check_model(self.model, optimizer.name, noise.random_layers(self.model))
         self._check_batches(fit, optimizer.accumulate_steps)
         if optimizer.is_at("point"):
             optimizer.show("trial")

@@ -14,6 +14,10 @@ from kopt.optimizers.quasi_newton.lbfgs import LBFGS
 from kopt.optimizers.quasi_newton.optimizer import WHY, QuasiNewton
 from kopt.optimizers.quasi_newton.space import space_of
 
+COMPILED = (
+    "`minimize_fn` has compiled `value_and_grad`, since `x0` is a tensor: it may call the backend's functions alone. "
+    "Give `x0` as a NumPy array, and it is called with arrays that have values."
+)
 QUASI_NEWTON = {"lbfgs": LBFGS, "bfgs": BFGS, "ssbfgs": SSBFGS, "ssbroyden": SSBroyden}
 MESSAGES = WHY | {"running": "`max_evals` evaluations were not enough"}
 
@@ -135,10 +139,19 @@ class Flat:
 
     def called(self, function, vector):
         """The value of a function at a vector, and its gradient as one."""
-        found = function(self.split(vector))
+        try:
+            found = function(self.split(vector))
+        except Exception as error:
+            if self.is_compiled:
+                error.add_note(COMPILED)
+            raise
         if not isinstance(found, (tuple, list)) or len(found) != 2:
             checks.refuse("value_and_grad", "a function that returns value and gradient, both of them", function)
         value, gradient = found
+        if any(size != 1 for size in np.shape(value) if size is not None):
+            checks.refuse(
+                "value_and_grad", "a function whose value is one number", f"a value of shape {tuple(np.shape(value))}"
+            )
         try:
             keras.tree.assert_same_structure(self.like, gradient)
             gradients = keras.tree.map_structure(lambda part, like: self._like(part, like), gradient, self.like)
@@ -146,7 +159,7 @@ class Flat:
             raise ValueError(
                 f"`value_and_grad` must return a gradient in the structure and the shapes of `x0`. {error}"
             ) from error
-        return value, self.joined(gradients)
+        return self.xp.reshape(value, ()), self.joined(gradients)
 
     def _like(self, part, like):
         if self.xp is np:

@@ -77,8 +77,8 @@ def minimize(
     if not isinstance(method, QuasiNewton):
         method = checks.one_of(*METHODS)("method", method)
     objective = Objective(model, training=True)
-    noise.check_model(model, "minimize")
     data = objective.tensors(*_checked(x, y, sample_weight))
+    noise.check_model(model, "minimize", noise.random_layers(model) or objective.drawing(data))
     run = _run(objective, data, method, options)
     listed = keras.callbacks.CallbackList(
         list(callbacks or []), add_history=True, add_progbar=False, model=model, epochs=-(-max_evals // chunk), steps=1,

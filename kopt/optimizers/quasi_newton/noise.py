@@ -2,30 +2,25 @@
 
 import warnings
 
-import keras
-
 from kopt import _keras, batch_norm, checks
 
-_RANDOM = (
-    keras.layers.AlphaDropout, keras.layers.Dropout, keras.layers.GaussianDropout, keras.layers.GaussianNoise,
-    keras.layers.SpatialDropout1D, keras.layers.SpatialDropout2D, keras.layers.SpatialDropout3D,
-)  # fmt: skip
+AMOUNTS = "rate", "stddev", "dropout", "recurrent_dropout"  # how layers call how much noise they make
 
 
 def random_layers(model) -> list[str]:
-    """The layers that draw at random in training."""
+    """The layers of which it can be seen that they draw at random in training."""
     return [
         layer.name
         for layer in _keras.layers_of(model)
-        if isinstance(layer, _RANDOM) and (getattr(layer, "rate", 0) or getattr(layer, "stddev", 0))
+        if _keras.generators_of(layer) and any(getattr(layer, name, 0) for name in AMOUNTS)
     ]
 
 
-def check_model(model, who: str) -> None:
-    """Refuse a model that draws at random, and warn of one that normalizes batches."""
-    if found := random_layers(model):
+def check_model(model, who: str, drawing: list[str]) -> None:
+    """Refuse a model with layers that draw at random, and warn of one that normalizes batches."""
+    if drawing:
         allowed = f"without layers that draw at random, for {who}, which asks the same loss again and again"
-        checks.refuse("model", allowed, found)
+        checks.refuse("model", allowed, drawing)
     found = [layer.name for layer in batch_norm.layers_of(model) if layer.trainable]
     if found:
         warnings.warn(
