@@ -134,7 +134,7 @@ class Products:
     def __call__(self, direction):
         direction, total = ops.convert_to_tensor(direction.astype(self.objective.dtype)), 0.0
         for rows, data in self.batches:
-            part = self.run(self.vector, direction, self.objective.tensors(*data))
+            part = self.run(self.vector, direction, self.objective.tensors(*data[:3]))
             total = total + rows / self.rows * ops.convert_to_numpy(part).astype("float64")
         if not np.isfinite(total).all():
             checks.refuse(

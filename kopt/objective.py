@@ -1,10 +1,18 @@
-"""The loss of a model as a function of all its trainable weights in one vector."""
+"""The loss of a model as a function of all its trainable weights in one vector, and what was compiled of it."""
 
 import keras
 import numpy as np
 from keras import ops
 
 from kopt import _keras, backends, checks, derivatives
+
+
+def objective_of(model) -> "Objective":
+    """The objective of a model in training: that of the last call, with its programs, unless the model has changed."""
+    new, kept = Objective(model, training=True), vars(model).get("_kopt_objective")
+    if kept is None or kept.of != new.of:
+        vars(model)["_kopt_objective"] = kept = new  # past Keras, which would track it
+    return kept
 
 
 class Objective:
@@ -29,6 +37,10 @@ class Objective:
             checks.refuse("model", "with weights all of float32, or all of float64", dtypes)
         self.dtype, self.shapes = dtypes[0], [tuple(variable.shape) for variable in self.variables]
         self.sizes = [int(np.prod(shape)) for shape in self.shapes]
+        self.others = list(model.non_trainable_variables) if backends.BACKEND == "jax" else []
+        self.programs: dict = {}
+        layers = [(id(layer), layer.trainable) for layer in _keras.layers_of(model)]
+        self.of = [_keras.compilation_of(model), self.dtype, list(map(id, self.variables)), layers]
 
     @property
     def size(self) -> int:
@@ -48,8 +60,17 @@ class Objective:
         parts = backends.split(vector, self.sizes)
         return [ops.reshape(part, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
+    def program(self, key, make):
+        """What was compiled under a name, or is now."""
+        if key not in self.programs:
+            self.programs[key] = make()
+        return self.programs[key]
+
     def tensors(self, x, y=None, sample_weight=None) -> tuple:
-        """Data as tensors of one batch; floats of NumPy in the dtype of the weights, as `fit` has them."""
+        """Data as tensors of one batch; floats of NumPy in the dtype of the weights, as `fit` has them.
+
+        Besides, the values of the other variables, which a function that JAX has compiled does not look up.
+        """
 
         def tensor(part):
             if part is None or ops.is_tensor(part):
@@ -57,39 +78,43 @@ class Objective:
             part = np.asarray(part)
             return ops.convert_to_tensor(part, self.dtype if part.dtype.kind == "f" else None)
 
-        return keras.tree.map_structure(tensor, (x, y, sample_weight))
+        return *keras.tree.map_structure(tensor, (x, y, sample_weight)), list(map(backends.detached, self.others))
 
-    def _scope(self, vector):
+    def _scope(self, vector, data):
         pairs = list(zip(self.variables, self.split(vector), strict=True))
+        pairs += list(zip(self.others, data[-1], strict=True))
         return keras.StatelessScope(pairs, collect_losses=True, initialize_variables=False)
 
     def _called(self, x):
         return self.model(x, training=self.training) if _keras.takes_training(self.model) else self.model(x)
 
-    def predicted(self, vector, x):
+    def predicted(self, vector, data):
         """What the model makes of a batch with these weights."""
-        with self._scope(vector):
-            return self._called(x)
+        with self._scope(vector, data):
+            return self._called(data[0])
 
     def loss(self, vector, data):
         """The loss of one batch, with the penalties."""
-        with self._scope(vector):
+        with self._scope(vector, data):
             return self._computed(data)
 
     def _computed(self, data):
-        x, y, sample_weight = data
+        x, y, sample_weight, _ = data
         loss = self.model.compute_loss(x, y, self._called(x), sample_weight, training=self.training)
         return ops.cast(loss, self.dtype)
 
-    def drawing(self, data) -> list[str]:
-        """The layers that draw at random when the loss is computed."""
-        with backends.unrecorded(), self._scope(self.vector()) as scope:
-            self._computed(data)
-        return [
-            layer.name
-            for layer in _keras.layers_of(self.model)
-            if any(scope.get_current_value(generator.state) is not None for generator in _keras.generators_of(layer))
-        ]
+    def looked_at(self, data) -> tuple[float, list[str]]:
+        """The loss of the weights that the model has, not compiled, and the layers that draw at random for it."""
+        with backends.unrecorded(), self._scope(self.vector(), data) as scope:
+            loss = self._computed(data)
+
+        def has_drawn(generator):
+            now = scope.get_current_value(generator.state)
+            return now is not None and not np.array_equal(*map(ops.convert_to_numpy, (now, generator.state.value)))
+
+        layers = _keras.layers_of(self.model)
+        drawing = [layer.name for layer in layers if any(map(has_drawn, _keras.generators_of(layer)))]
+        return float(ops.convert_to_numpy(loss)), drawing
 
     def value_and_gradient(self, vector, data):
         return derivatives.value_and_gradient(lambda w: self.loss(w, data))(vector)

@@ -134,6 +134,14 @@ def test_the_layers_of_a_model():
     assert all(layer.built for layer in model._flatten_layers())
 
 
+def test_what_is_another_after_each_compile():
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    before = model._loss_tracker
+    model.compile(model.optimizer, model.loss)
+    assert model._loss_tracker is not before
+
+
 def test_what_only_a_training_calls():
     """For `callbacks/install.py`: `fit` makes its function between `set_model` and `on_train_begin`; no other does."""
     model, calls = network("sgd"), []

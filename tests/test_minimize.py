@@ -52,6 +52,52 @@ def test_minimize_and_fit_are_one_method():
         np.testing.assert_allclose(one, other, rtol=2e-2, atol=2e-3)
 
 
+class Scaled(keras.Sequential):
+    factor = 1.0
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return self.factor * ops.mean(ops.square(y - y_pred))
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="torch compiles nothing")
+@pytest.mark.parametrize("method", ["lbfgs", "lm", "newton-cg"])
+def test_what_was_compiled_serves_the_next_call(method):
+    model = network()
+    kopt.minimize(model, X, Y, method, max_evals=3, verbose=0)
+    compiled = model._kopt_objective.programs
+    kept = dict(compiled)
+    kopt.minimize(model, X[:20], Y[:20], method, max_evals=3, verbose=0)
+    assert compiled == kept
+
+
+def test_what_was_compiled_does_not_outlive_what_it_was_compiled_of():
+    """A frozen weight, a loss, an attribute that the loss reads: all as if it were the first call."""
+    model = Scaled([keras.Input((1,)), layers.Dense(3, "tanh"), layers.Dense(1)])
+    model.compile()
+    first = model.get_weights()
+
+    def first_loss():
+        history = kopt.minimize(model, X, Y, max_evals=1, verbose=0)
+        return history.history["loss"][0]
+
+    before = first_loss()
+    model.factor = 3.0
+    assert first_loss() == pytest.approx(3 * before, rel=1e-5)
+    model.layers[0].trainable = False
+    first_loss()
+    model.layers[0].set_weights([0 * part for part in first[:2]])
+    model.layers[1].set_weights([0 * part for part in first[2:]])
+    assert first_loss() == pytest.approx(3 * np.mean(Y**2), rel=1e-5)
+
+    model = network()
+    before = loss_of(model)
+    kopt.minimize(model, X, Y, max_evals=1, verbose=0)
+    model.compile(loss="mae")
+    history = kopt.minimize(model, X, Y, max_evals=1, verbose=0)
+    assert history.history["loss"][0] == pytest.approx(loss_of(model), rel=1e-5)
+    assert history.history["loss"][0] != pytest.approx(before, rel=1e-2)
+
+
 def linear(**compiled):
     """A model that is linear in its weights, so that its loss is a parabola."""
     return network(layers.Dense(1, use_bias=False, trainable=False, kernel_initializer="ones"), **compiled)

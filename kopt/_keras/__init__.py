@@ -225,6 +225,11 @@ def layers_of(model) -> list:
     return list(model._flatten_layers())
 
 
+def compilation_of(model):
+    """Something that is another after each `compile`."""
+    return getattr(model, "_loss_tracker", None)
+
+
 def generators_of(layer) -> list:
     """The sources of random numbers that a layer itself has."""
     return [value for value in vars(layer).values() if isinstance(value, keras.random.SeedGenerator)]

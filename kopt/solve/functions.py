@@ -83,7 +83,7 @@ def minimize_fn(
         return machine.advanced(state, state.trial, m.number(value), gradient, optimizer.method(), rules, m)
 
     if point.is_compiled:
-        loop = compiled_chunks(evaluated, point.start)
+        loop = compiled_chunks(evaluated, point.dtype)
     with np.errstate(all="ignore"):
         while int(state.search.status) == search.RUNNING and int(state.search.evaluations) < max_evals:
             before = int(state.search.iterations)
@@ -182,7 +182,7 @@ def optimizer_of(method, options) -> QuasiNewton:
     return QUASI_NEWTON[checks.one_of(*QUASI_NEWTON)("method", method)](**options)
 
 
-def compiled_chunks(evaluated, start):
+def compiled_chunks(evaluated, dtype):
     """`(state, limit, data) -> state` after at most `limit` evaluations by `evaluated(state, data, m)`, compiled."""
 
     def goes_on(state, limit):
@@ -192,7 +192,7 @@ def compiled_chunks(evaluated, start):
 
     def run(state, limit, data=()):
         numbers = [
-            ops.convert_to_tensor(value, "int32" if name in search.INTEGERS else start.dtype)
+            ops.convert_to_tensor(value, "int32" if name in search.INTEGERS else dtype)
             for name, value in state.search._asdict().items()
         ]
         return loop(state._replace(search=search.Search(*numbers)), ops.convert_to_tensor(limit, "int32"), data)

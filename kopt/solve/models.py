@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from kopt import _keras, backends, checks
-from kopt.objective import Objective
+from kopt.objective import objective_of
 from kopt.optimizers.quasi_newton import machine, noise, search
 from kopt.optimizers.quasi_newton.optimizer import QuasiNewton
 from kopt.optimizers.quasi_newton.space import space_of
@@ -76,10 +76,16 @@ def minimize(
     verbose = 1 if verbose == "auto" else checks.count(0)("verbose", verbose)
     if not isinstance(method, QuasiNewton):
         method = checks.one_of(*METHODS)("method", method)
-    objective = Objective(model, training=True)
+    objective = objective_of(model)
     data = objective.tensors(*_checked(x, y, sample_weight))
-    noise.check_model(model, "minimize", noise.random_layers(model) or objective.drawing(data))
-    run = _run(objective, data, method, options)
+    loss, drawing = objective.looked_at(data)
+    noise.check_model(model, "minimize", noise.random_layers(model) or drawing)
+    is_compiled, run = bool(objective.programs), _run(objective, data, loss, method, options)
+    if is_compiled:
+        run.go(1)
+        if not np.isclose(float(run.state.search.loss), loss, rtol=1e-3):  # the loss reads what was changed since
+            objective.programs.clear()
+            run = _run(objective, data, loss, method, options)
     listed = keras.callbacks.CallbackList(
         list(callbacks or []), add_history=True, add_progbar=False, model=model, epochs=-(-max_evals // chunk), steps=1,
         verbose=verbose,
@@ -130,7 +136,10 @@ class Compiled:
 
         self.evaluated, self.space = evaluated, space_of(start)
         self.state = machine.begun(method, start, self.space)
-        self.loop = compiled_chunks(evaluated, start) if backends.BACKEND != "torch" else None
+        self.loop = None
+        if backends.BACKEND != "torch":
+            key = type(optimizer), *optimizer.arguments().items()
+            self.loop = objective.program(key, lambda: compiled_chunks(evaluated, start.dtype))
 
     def go(self, limit) -> None:
         if self.loop:
@@ -142,7 +151,7 @@ class Compiled:
             self.state = self.evaluated(self.state, self.data, self.space)
 
 
-def _run(objective, data, method, options):
+def _run(objective, data, loss, method, options):
     """The method, ready to make evaluations."""
     if isinstance(method, QuasiNewton) or method in QUASI_NEWTON:
         return Compiled(objective, data, optimizer_of(method, options))
@@ -150,8 +159,8 @@ def _run(objective, data, method, options):
     if method != "newton-cg" and objective.size > MATRIX and (method == "newton" or len(data[0]) > MATRIX):
         checks.refuse("method", f"another than {method!r} for {objective.size} weights: 'lbfgs', 'newton-cg'", method)
 
-    def on_host(function):
-        compiled = backends.compiled(function)
+    def on_host(name, function):
+        compiled = objective.program(name, lambda: backends.compiled(function))
 
         def call(*vectors):
             with backends.unrecorded():
@@ -163,17 +172,19 @@ def _run(objective, data, method, options):
     start = np.array(ops.convert_to_numpy(objective.vector()))
     if method == "lm":
         residuals = Residuals(objective)
-        run = LevenbergMarquardt(start, rules, on_host(residuals), on_host(jacobian_of(residuals)))
-        total, loss = float(np.sum(run.residuals(start).astype("float64") ** 2)), float(on_host(objective.loss)(start))
+        run = LevenbergMarquardt(
+            start, rules, on_host("residuals", residuals), on_host("jacobian", jacobian_of(residuals))
+        )
+        total = float(np.sum(run.residuals(start).astype("float64") ** 2))
         if not np.isclose(total, loss, rtol=1e-3, equal_nan=True):
             checks.refuse(
                 "method", f"another than 'lm' for a loss of {loss:.4g} where the squares make {total:.4g}", "lm"
             )
         return run
-    value_and_gradient = on_host(objective.value_and_gradient)
+    value_and_gradient = on_host("value_and_gradient", objective.value_and_gradient)
     if method == "newton":
-        return LineSearch(start, rules, value_and_gradient, on_host(objective.hessian))
-    return TrustRegion(start, rules, value_and_gradient, on_host(objective.hessian_product))
+        return LineSearch(start, rules, value_and_gradient, on_host("hessian", objective.hessian))
+    return TrustRegion(start, rules, value_and_gradient, on_host("hessian_product", objective.hessian_product))
 
 
 def _tolerances(options) -> dict:

@@ -31,9 +31,9 @@ class Residuals:
 
     def __call__(self, vector, data):
         """The residuals, the sum of whose squares is the loss."""
-        x, y, sample_weight = data
+        _, y, sample_weight, _ = data
         values = dict(zip(map(id, self.objective.variables), self.objective.split(vector), strict=True))
-        predicted = self.objective.predicted(vector, x)
+        predicted = self.objective.predicted(vector, data)
         y = ops.reshape(ops.cast(y, predicted.dtype), predicted.shape)
         rows = (predicted - y) / float(np.prod(predicted.shape)) ** 0.5
         if sample_weight is not None:
