@@ -7,9 +7,10 @@ import numpy as np
 from keras import ops
 
 from kopt import backends, checks
-from kopt.objective import Objective
+from kopt.objective import Objective, rows_of
 
 MARGIN = 10  # how many times the errors of arithmetic an eigenvalue must be, to differ from 0
+WELL_KNOWN = 10  # times its error an eigenvalue is, for a condition number
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +75,9 @@ def curvature(
     as in large networks, and more steps narrow it. An eigenvalue is negative below `-precision`, 10 times the errors of
     arithmetic: the rounding of the largest one, and what the products lack, as the asymmetry of the Hessian shows it.
 
-    The condition number is a number where all eigenvalues are positive beyond the errors. Else it is "indefinite" if
-    there is a negative one, "singular" if the smallest is 0 to the precision, and "unknown" if more steps must tell.
+    The condition number is a number where all eigenvalues are positive and the smallest is known to a tenth. Else it is
+    "indefinite" if there is a negative one, "singular" if the smallest is 0 to the precision, and "unknown" if more
+    steps must tell.
 
     It keeps `steps` vectors of the size of the weights in memory, in float64.
 
@@ -146,16 +148,7 @@ class Products:
 
 def _batches(objective, x, y, sample_weight, batch_size) -> list:
     """`(rows, (x, y, sample_weight))` of each batch; a single one is on the device from now on."""
-    counts = {}
-    for name, given in (("x", x), ("y", y), ("sample_weight", sample_weight)):
-        parts = [part for part in keras.tree.flatten(given) if part is not None]
-        if not all(getattr(part, "shape", ()) for part in parts) or (name == "x" and not parts):
-            checks.refuse(name, "arrays with rows, or a structure of them", given)
-        counts[name] = [part.shape[0] for part in parts]
-    rows = counts["x"][0]
-    if rows == 0 or {rows} != {count for each in counts.values() for count in each}:
-        checks.refuse("x", "of as many rows as `y` and `sample_weight`, and at least one", counts)
-
+    rows = rows_of(x, y, sample_weight)
     data = keras.tree.map_structure(
         lambda part: part if part is None or ops.is_tensor(part) else np.asarray(part), (x, y, sample_weight)
     )
@@ -238,12 +231,13 @@ def _result(runs, size, products, rounding, tolerance) -> Curvature:
     share, low, high = shares.mean(0).tolist()
     nodes, weights = (np.concatenate([getattr(run, name) for run in runs]) for name in ("nodes", "weights"))
     order = np.argsort(nodes)
-    if smallest > off_smallest + precision:
+    if smallest > WELL_KNOWN * (off_smallest + precision):
         condition = largest / smallest
     elif smallest < -off_smallest - precision:
         condition = "indefinite"
     else:
-        condition = "singular" if off_smallest <= precision else "unknown"
+        is_singular = off_smallest <= precision and smallest <= off_smallest + precision
+        condition = "singular" if is_singular else "unknown"
     return Curvature(
         size=size,
         largest=largest,

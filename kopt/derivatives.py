@@ -4,6 +4,7 @@ import functools
 
 from kopt.backends import BACKEND
 
+AT_ONCE = 64  # rows or columns of a Jacobian: all of them would need the memory of as many evaluations
 if BACKEND == "tensorflow":
     import tensorflow as tf
 elif BACKEND == "torch":
@@ -77,8 +78,8 @@ def value_and_jacobian(function):
         def both(x):
             value, pull = jax.vjp(function, x)
             if value.shape[0] <= x.shape[0]:
-                return value, jax.vmap(pull)(jax.numpy.eye(value.shape[0], dtype=value.dtype))[0]
-            return value, jax.jacfwd(function)(x)
+                return value, _jax_mapped(lambda row: pull(row)[0], value)
+            return value, _jax_mapped(lambda v: jax.jvp(function, (x,), (v,))[1], x).T
 
         return both
     if BACKEND == "tensorflow":
@@ -87,7 +88,15 @@ def value_and_jacobian(function):
             with tf.GradientTape() as tape:
                 tape.watch(x)
                 value = function(x)
-            return value, tape.jacobian(value, x, unconnected_gradients="zero")
+            if value.shape[0] <= x.shape[0]:
+                return value, tape.jacobian(value, x, unconnected_gradients="zero")
+
+            def column(v):
+                with tf.autodiff.ForwardAccumulator(x, v) as forward:
+                    found = function(x)
+                return forward.jvp(found, unconnected_gradients="zero")
+
+            return value, tf.transpose(tf.map_fn(column, tf.eye(x.shape[0], dtype=x.dtype)))
 
         return both
 
@@ -95,7 +104,11 @@ def value_and_jacobian(function):
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             value = function(x)
-            return value.detach(), _torch_rows(value, x)
+            if value.shape[0] <= x.shape[0]:
+                return value.detach(), _torch_rows(value, x)
+            ones = torch.ones_like(value, requires_grad=True)  # a gradient is linear in what it is multiplied by
+            pulled = _torch_gradient(value, x, ones, create_graph=True)
+            return value.detach(), _torch_rows(pulled, ones).T
 
     return both
 
@@ -109,6 +122,15 @@ def _torch_rows(value, x):
     """The Jacobian of a value that was computed from x, all rows at once."""
     if not value.requires_grad:
         return x.new_zeros((value.shape[0], x.shape[0]))
-    rows = torch.eye(value.shape[0], dtype=value.dtype, device=value.device)
-    found = torch.autograd.grad(value, x, grad_outputs=rows, is_grads_batched=True, allow_unused=True)[0]
-    return x.new_zeros((value.shape[0], x.shape[0])) if found is None else found
+    found = []
+    for rows in torch.eye(value.shape[0], dtype=value.dtype, device=value.device).split(AT_ONCE):
+        part = torch.autograd.grad(
+            value, x, grad_outputs=rows, is_grads_batched=True, retain_graph=True, allow_unused=True
+        )[0]
+        found.append(x.new_zeros((len(rows), x.shape[0])) if part is None else part)
+    return torch.cat(found)
+
+
+def _jax_mapped(function, like):
+    """A linear function of vectors like one, of all unit vectors."""
+    return jax.lax.map(function, jax.numpy.eye(like.shape[0], dtype=like.dtype), batch_size=AT_ONCE)

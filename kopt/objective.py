@@ -1,5 +1,7 @@
 """The loss of a model as a function of all its trainable weights in one vector, and what was compiled of it."""
 
+from typing import NamedTuple
+
 import keras
 import numpy as np
 from keras import ops
@@ -13,6 +15,29 @@ def objective_of(model) -> "Objective":
     if kept is None or kept.of != new.of:
         vars(model)["_kopt_objective"] = kept = new  # past Keras, which would track it
     return kept
+
+
+def rows_of(x, y=None, sample_weight=None) -> int:
+    """How many rows there are, in arrays in any structure; what is none, or has others, is refused by name."""
+    rows = None
+    for name, given in (("x", x), ("y", y), ("sample_weight", sample_weight)):
+        parts = [part for part in keras.tree.flatten(given) if part is not None]
+        if not all(getattr(part, "shape", ()) for part in parts) or (name == "x" and not parts):
+            allowed = "an array with rows, or a structure of them: all data at once (for batches, use `fit`)"
+            checks.refuse(name, allowed, type(given).__name__)
+        for part in parts:
+            rows = part.shape[0] if rows is None else rows
+            if part.shape[0] != rows or rows == 0:
+                checks.refuse(name, f"of as many rows as `x`, and at least one: {rows} rows", tuple(part.shape))
+    return rows
+
+
+class Look(NamedTuple):
+    """What one evaluation of a loss has shown."""
+
+    loss: float
+    drawing: list[str]  # the layers that have drawn at random
+    has_added: bool  # whether layers have added something to the loss
 
 
 class Objective:
@@ -100,11 +125,11 @@ class Objective:
 
     def _computed(self, data):
         x, y, sample_weight, _ = data
-        loss = self.model.compute_loss(x, y, self._called(x), sample_weight, training=self.training)
+        loss = _keras.compute_loss(self.model, x, y, self._called(x), sample_weight, self.training)
         return ops.cast(loss, self.dtype)
 
-    def looked_at(self, data) -> tuple[float, list[str]]:
-        """The loss of the weights that the model has, not compiled, and the layers that draw at random for it."""
+    def looked_at(self, data) -> "Look":
+        """The loss of the weights that the model has, not compiled, and what it is made of."""
         with backends.unrecorded(), self._scope(self.vector(), data) as scope:
             loss = self._computed(data)
 
@@ -114,7 +139,7 @@ class Objective:
 
         layers = _keras.layers_of(self.model)
         drawing = [layer.name for layer in layers if any(map(has_drawn, _keras.generators_of(layer)))]
-        return float(ops.convert_to_numpy(loss)), drawing
+        return Look(float(ops.convert_to_numpy(loss)), drawing, bool(scope.losses))
 
     def value_and_gradient(self, vector, data):
         return derivatives.value_and_gradient(lambda w: self.loss(w, data))(vector)

@@ -326,7 +326,7 @@ def test_float64():
     layers = keras.Input((4,), dtype="float64"), keras.layers.Dense(1, use_bias=False, dtype="float64")
     model = keras.Sequential(layers)
     model.compile("sgd", loss=keras.losses.MeanSquaredError(dtype="float64"))
-    x = X.astype("float64") * [1, 1e-2, 1e-4, 1e-5]
+    x = X.astype("float64") * [1, 1e-2, 1e-3, 1e-4]
     found = curvature(model, x, Y[:, :1].astype("float64"), verbose=0)
     assert np.isclose(found.condition, np.linalg.cond(x) ** 2, rtol=1e-4)
     assert found.precision < (1e-13 if BACKEND == "tensorflow" else 1e-9) * found.largest  # Keras rounds to float32
@@ -371,10 +371,11 @@ def infinite():
         *(("seed", {"seed": value}) for value in (-1, 0.5, None)),
         *(("verbose", {"verbose": value}) for value in (2, "auto", None, 0.0)),
         *(("batch_size", {"batch_size": value}) for value in (0, 2.5, "all")),
-        *(("x", {"x": value}) for value in (None, "x", 1.0, [], iter([X]), X[:0], X[:7], [[1.0, 2.0]])),
+        *(("x", {"x": value}) for value in (None, "x", 1.0, [], iter([X]), X[:0], [[1.0, 2.0]])),
         *(("y", {"y": value}) for value in (1.0, "y", [1.0, 2.0])),
-        ("x", {"y": Y[:7]}),
-        ("x", {"sample_weight": np.ones(3)}),
+        ("y", {"y": Y[:7]}),
+        ("y", {"x": X[:7]}),
+        ("sample_weight", {"sample_weight": np.ones(3)}),
         ("sample_weight", {"sample_weight": 2.0}),
         *(("model", {"model": value}) for value in (None, keras.layers.Dense(1), unbuilt, infinite)),
         ("model", {"model": lambda: keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])}),

@@ -8,10 +8,12 @@ import pytest
 from keras import layers, ops
 
 import kopt
+from kopt.objective import objective_of
 from kopt.optimizers.quasi_newton import search
+from kopt.solve.functions import QUASI_NEWTON
 from kopt.solve.models import METHODS
 from kopt.solve.newton import factored, steihaug
-from kopt.solve.squares import LevenbergMarquardt
+from kopt.solve.squares import LevenbergMarquardt, Residuals, jacobian_of
 from tests.conftest import BACKEND, FLOATX
 from tests.training import numpy
 
@@ -52,6 +54,14 @@ def test_minimize_and_fit_are_one_method():
         np.testing.assert_allclose(one, other, rtol=2e-2, atol=2e-3)
 
 
+class Added(layers.Layer):
+    """A penalty that only a call shows."""
+
+    def call(self, x):
+        self.add_loss(0.01 * ops.sum(ops.square(x)))
+        return x
+
+
 class Scaled(keras.Sequential):
     factor = 1.0
 
@@ -66,7 +76,7 @@ def test_what_was_compiled_serves_the_next_call(method):
     kopt.minimize(model, X, Y, method, max_evals=3, verbose=0)
     compiled = model._kopt_objective.programs
     kept = dict(compiled)
-    kopt.minimize(model, X[:20], Y[:20], method, max_evals=3, verbose=0)
+    kopt.minimize(model, X, 2 * Y, method, max_evals=3, verbose=0)
     assert compiled == kept
 
 
@@ -96,6 +106,68 @@ def test_what_was_compiled_does_not_outlive_what_it_was_compiled_of():
     history = kopt.minimize(model, X, Y, max_evals=1, verbose=0)
     assert history.history["loss"][0] == pytest.approx(loss_of(model), rel=1e-5)
     assert history.history["loss"][0] != pytest.approx(before, rel=1e-2)
+
+
+class Brief(keras.Sequential):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return ops.mean(ops.square(y - y_pred))
+
+
+def test_weights_that_a_callback_changes_are_not_taken_up():
+    class Meddle(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.layers[-1].kernel.assign(ops.full((5, 1), 99.0))
+
+    model = network()
+    history = kopt.minimize(model, X, Y, max_evals=30, chunk=10, callbacks=Meddle(), verbose=0)
+    assert loss_of(model) == pytest.approx(history.history["loss"][-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lbfgs", "newton", "newton-cg"])
+def test_inputs_that_are_huge(method):
+    model = keras.Sequential([keras.Input((1,)), layers.Dense(1, use_bias=False)])
+    model.compile(loss="mse")
+    history = kopt.minimize(model, 1e12 * X, 1e12 * X, method, verbose=0).history
+    assert history["loss"][-1] < 1e12
+
+
+def test_a_compute_loss_that_is_not_told_whether_it_trains():
+    model = Brief([keras.Input((1,)), layers.Dense(1)])
+    model.compile()
+    kopt.minimize(model, X, 2 * X, verbose=0)
+    np.testing.assert_allclose(numpy([model.layers[-1].kernel])[0], 2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lbfgs", "newton-cg", "lm"])
+def test_a_start_that_is_not_finite_is_told(method):
+    model, y = network(), np.where(X > 0.9, np.nan, Y)
+    before = numpy(model.variables)
+    history = kopt.minimize(model, X, y, method, verbose=0)
+    assert (history.status, history.history["evaluations"]) == ("nonfinite", [1])
+    assert np.isnan(history.history["loss"]).all()
+    for one, other in zip(before, numpy(model.variables), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("rows", [10, 200])
+def test_a_jacobian_by_rows_and_by_columns(rows):
+    """By rows where there are fewer of them than weights, 16, and else by columns."""
+    model = network()
+    x = np.linspace(-1, 1, rows, dtype=FLOATX)[:, None]
+    objective = objective_of(model)
+    residuals = Residuals(objective)
+    found, jacobian = jacobian_of(residuals)(objective.vector(), objective.tensors(x, np.sin(3 * x)))
+    vector, near = ops.convert_to_numpy(objective.vector()), 1e-2 if FLOATX == "float32" else 1e-4
+    assert tuple(jacobian.shape) == (rows, len(vector))
+
+    def moved(step):
+        return ops.convert_to_numpy(
+            residuals(ops.convert_to_tensor(vector + step), objective.tensors(x, np.sin(3 * x)))
+        )
+
+    columns = [(moved(near * e) - moved(-near * e)) / (2 * near) for e in np.eye(len(vector), dtype=FLOATX)]
+    np.testing.assert_allclose(ops.convert_to_numpy(jacobian).T, columns, atol=2e-4)
+    np.testing.assert_allclose(ops.convert_to_numpy(found), moved(0), rtol=1e-4, atol=1e-6)
 
 
 def linear(**compiled):
@@ -213,7 +285,12 @@ def test_least_squares_with_weights_and_penalties():
         (
             {},
             lambda: (layers.ActivityRegularization(0.5),),
-            "`method` must be another than 'lm' for a loss of .* squares make",
+            "`method` must be another than 'lm' where layers add penalties in their calls",
+        ),
+        (
+            {},
+            lambda: (Added(),),
+            "`method` must be another than 'lm' where layers add penalties in their calls",
         ),
     ],
 )
@@ -284,9 +361,16 @@ def test_a_loss_of_the_models_own():
         ({"nonsense": 1}, "`LBFGS` has no argument `nonsense`"),
         ({"method": "newton", "memory": 3}, "`memory` must be an argument of the method; these take 'gtol' and 'ftol'"),
         ({"method": kopt.LBFGS(), "gtol": 1.0}, "`gtol` must be an argument of the optimizer that `method` is"),
-        ({"x": X[:3]}, "`x` must be arrays with as many rows as `y`"),
-        ({"x": iter([X])}, "`x` must be arrays with as many rows"),
-        ({"verbose": "loud"}, "`verbose` must be"),
+        ({"x": X[:3]}, "`y` must be of as many rows as `x`, and at least one: 3 rows. Received: y=\\(40, 1\\)"),
+        ({"x": iter([X])}, "`x` must be an array with rows, .*Received: x='list_iterator'"),
+        ({"validation_data": X}, r"`validation_data` must be \(x, y\) or \(x, y, sample_weight\)"),
+        ({"validation_data": (X, Y[:3])}, "In `validation_data`: `y` must be of as many rows as `x`"),
+        ({"callbacks": [kopt.callbacks.LineSearchMonitor()]}, "`callbacks` must be Keras's, or of your own"),
+        ({"batch_size": 8}, "`batch_size` must be left out: all data are one batch"),
+        ({"y": None}, "`y` must be the targets"),
+        ({"verbose": 3}, "`verbose` must be 'auto', 0, 1 or 2"),
+        ({"accumulate_steps": 2}, "`accumulate_steps` must be left out"),
+        ({"method": kopt.LBFGS(accumulate_steps=2)}, "`method` must be an optimizer without `accumulate_steps`"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, says):
@@ -366,10 +450,12 @@ def test_the_callback_sees_and_stops():
     def far(x):
         return float(np.sum((x - 3) ** 4)), 4 * (x - 3) ** 3
 
-    found = kopt.minimize_fn(far, np.zeros(2), gtol=0, ftol=0, callback=lambda r: seen.append(r.fun) or len(seen) == 5)
+    found = kopt.minimize_fn(
+        far, np.zeros(2), gtol=0, ftol=0, callback=lambda r: seen.append(r.fun) or np.bool_(len(seen) == 5)
+    )
     assert len(seen) == found.nit == 5
     assert seen == sorted(seen, reverse=True)
-    assert found.status == "running"
+    assert (found.status, found.message) == ("running", "`callback` has stopped it")
 
 
 @pytest.mark.parametrize(
@@ -380,7 +466,10 @@ def test_the_callback_sees_and_stops():
         ({"value_and_grad": lambda x: (0.0, np.zeros(3))}, "`value_and_grad` must return a gradient in the structure"),
         ({"value_and_grad": lambda x: (x, x)}, "`value_and_grad` must be a function whose value is one number"),
         ({"x0": "here"}, "`x0` must be numbers"),
-        ({"x0": []}, "`x0` must be numbers"),
+        ({"x0": np.zeros(0)}, "`x0` must be of one number or more"),
+        ({"value_and_grad": lambda x: (None, x)}, "`value_and_grad` must be a function whose value is one number"),
+        ({"value_and_grad": lambda x: (1.0, 1j * x)}, "`value_and_grad` must return a gradient .* It is of complex128"),
+        ({"x0": []}, "`x0` must be of one number or more"),
         (
             {"x0": np.zeros(2, "float16")},
             "`x0` must be all arrays or all tensors, and all of float32 or all of float64",
@@ -404,9 +493,36 @@ def test_a_function_that_cannot_be_compiled_is_told_why():
     assert "Give `x0` as a NumPy array" in raised.value.__notes__[0]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("method", QUASI_NEWTON)
+def test_what_underflows_is_no_error(method, dtype):
+    found = kopt.minimize_fn(lambda x: (np.sum(x**4), 4 * x**3), np.array([1, 2, 3], dtype), method, gtol=0, ftol=0)
+    assert found.fun < 1e-12
+
+
+def test_what_overflows_is_no_convergence():
+    found = kopt.minimize_fn(lambda x: (1e21 * x @ x, 2e21 * x), np.ones(3, "float32"), ftol=0)
+    assert found.fun < 1e-9
+
+
+def test_a_function_that_writes_into_its_argument():
+    def parabola(x):
+        x -= 3
+        return (x**2).sum(), 2 * x
+
+    np.testing.assert_allclose(kopt.minimize_fn(parabola, np.zeros(2)).x, 3)
+
+
+def test_a_start_that_is_not_finite_is_the_result():
+    found = kopt.minimize_fn(lambda x: (np.sum(np.log(x)), 1 / x), -np.ones(2))
+    assert (found.status, found.nfev, found.success) == ("nonfinite", 1, False)
+    assert np.isnan(found.fun)
+
+
 def test_integers_begin_as_floats():
     assert kopt.minimize_fn(lambda x: ((x - 2) ** 2, 2 * (x - 2)), 7).x == pytest.approx(2.0)
     assert kopt.minimize_fn(lambda x: (x @ x, 2 * x), np.array([3, 4])).fun < 1e-9
+    assert kopt.minimize_fn(lambda x: (x @ x, 2 * x), [3, 4.5]).x.shape == (2,)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="what XLA cannot compile is TensorFlow's")

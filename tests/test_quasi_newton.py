@@ -11,6 +11,8 @@ from kopt.optimizers.quasi_newton.lbfgs import Recursion, times
 from kopt.optimizers.quasi_newton.space import Traced, Values, space_of
 from kopt.solve.functions import compiled_chunks
 from tests.conftest import BACKEND, FLOATX
+from tests.problems import PROBLEMS
+from tests.profiles import function
 
 METHODS = {"lbfgs": Recursion(5), "bfgs": Inverse(bfgs), "ssbfgs": Inverse(ssbfgs), "ssbroyden": Inverse(ssbroyden)}
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -52,28 +54,29 @@ def path(method, rules=NO_TOLERANCES, function=both, start=START, most=200):
     state = machine.begun(method, start, m)
     with np.errstate(all="ignore"):
         while state.search.status == search.RUNNING and state.search.evaluations < most:
-            loss, gradient = function(state.trial)
+            value, gradient = function(state.trial)
+            loss = float(value)
             before, state = state, machine.advanced(state, state.trial, loss, gradient, method, rules, m)
             yield before, loss, gradient, state
 
 
+@pytest.mark.parametrize("problem", [None, *PROBLEMS[:18:3]], ids=lambda problem: getattr(problem, "name", "chained"))
 @every_method
-def test_each_accepted_step_meets_the_conditions(method):
-    steps = 0
-    for before, loss, gradient, after in path(method, most=60):
+def test_each_accepted_step_meets_the_conditions(method, problem):
+    steps, given = 0, {"function": function(problem, FLOATX), "start": problem.start} if problem else {}
+    for before, loss, gradient, after in path(method, most=60, **given):
         s = before.search
         if s.phase != search.SEARCHING or after.search.iterations == s.iterations:
             continue
         steps += 1
         slope = float(gradient @ before.direction)
         wolfe = loss - s.loss <= 1e-4 * s.step * s.slope
-        nearly = (
-            slope <= (2 * search.DELTA - 1) * s.slope and loss - s.loss <= search.SLACK * np.finfo(FLOATX).eps * s.loss
-        )
+        slack = search.SLACK * np.finfo(FLOATX).eps * abs(s.loss)
+        nearly = slope <= (2 * search.DELTA - 1) * s.slope and loss - s.loss <= slack
         assert wolfe or nearly
         assert abs(slope) <= 0.9 * abs(s.slope)
         np.testing.assert_allclose(after.point, before.trial)
-    assert steps > 20
+    assert steps > (2 if problem else 20)
 
 
 def dense(pairs):
@@ -96,7 +99,7 @@ def test_two_loops_are_the_dense_inverse(known):
     memory, s, pairs = method.empty(like, m), search.Search(), []
     for _ in range(known):
         step = random.normal(size=6)
-        memory, learnt = method.learnt(memory, s, step, curved @ step, None, True, m)
+        memory, learnt = method.learnt(memory, s, step, curved @ step, True, m)
         assert learnt
         s, pairs = s._replace(pairs=s.pairs + 1), [*pairs, (step, curved @ step)]
     g = random.normal(size=6)
@@ -122,7 +125,7 @@ def test_bfgs_equals_scipys_formula():
     h = np.eye(4) * (s @ y) / (y @ y)
     left = np.eye(4) - np.outer(s, y) / (s @ y)
     m = Values(s)
-    (ours,), _ = Inverse(bfgs).learnt(Inverse(bfgs).empty(s, m), search.Search(), s, y, -s, True, m)
+    (ours,), _ = Inverse(bfgs).learnt(Inverse(bfgs).empty(s, m), search.Search(), s, y, True, m)
     np.testing.assert_allclose(ours, left @ h @ left.T + np.outer(s, s) / (s @ y), rtol=1e-12)
 
 
@@ -137,7 +140,7 @@ def test_a_traced_step_is_the_eager_one(method):
         loss, gradient = rosenbrock_tensors(state.trial)
         return machine.advanced(state, state.trial, loss, gradient, method, rules, m)
 
-    compiled = compiled_chunks(evaluated, start)
+    compiled = compiled_chunks(evaluated, start.dtype)
     state = machine.begun(method, start, space_of(start))
     eager = list(path(method, most=12))
     for count in (1, 2, 5, 12):
@@ -179,14 +182,18 @@ def test_the_first_step_finds_its_scale(scale):
 
 
 def test_what_was_learnt_wrongly_is_forgotten():
-    """A poisoned memory points uphill: the search goes along the gradient, and goes on."""
+    """A memory that points uphill, or nowhere: the search goes along the gradient."""
     method, m = Recursion(3), Values(np.zeros(4, FLOATX))
     *_, state = next(path(method, most=1))
-    poisoned = tuple(np.full_like(part, sign) for part, sign in zip(state.memory, (1.0, -1.0, 1.0), strict=True))
-    state = state._replace(memory=poisoned, search=state.search._replace(pairs=3))
-    aimed = machine.aimed(state, True, method, m)
-    assert aimed.search.pairs in (0, 3)
-    assert float(aimed.gradient @ aimed.direction) < 0
+    pair = state.gradient / np.linalg.norm(state.gradient)
+    for product in (-1.0, 0.0, np.nan):
+        poisoned = np.tile(pair, (3, 1)), np.tile(pair, (3, 1)), np.full(3, product, FLOATX)
+        poisoned = state._replace(memory=poisoned, search=state.search._replace(pairs=3))
+        with np.errstate(all="ignore"):
+            assert not float(state.gradient @ method.direction(poisoned, m)) < 0
+            aimed = machine.aimed(poisoned, True, method, m)
+        assert (aimed.search.pairs, aimed.search.restarts) == (0, 1)
+        np.testing.assert_allclose(aimed.direction, -pair, rtol=1e-6)
 
 
 @every_method
@@ -194,7 +201,7 @@ def test_a_step_along_which_the_loss_is_concave_teaches_nothing(method):
     step = np.array([1.0, 2.0], FLOATX)
     m = Values(step)
     for turn in (-step, np.array([2.0, -1.0], FLOATX), 0 * step):
-        memory, learnt = method.learnt(method.empty(step, m), search.Search(), step, turn, -step, True, m)
+        memory, learnt = method.learnt(method.empty(step, m), search.Search(), step, turn, True, m)
         assert not learnt
         assert all((part == 0).all() for part in memory)
 
@@ -234,11 +241,11 @@ def network(w):
 
 
 def test_a_network_is_as_good_as_by_scipy_at_equal_evaluations():
-    """In the geometric mean over 60 starts: one alone is luck, to a factor of ten either way."""
+    """In the geometric mean over 200 starts: one alone is luck, to a factor of ten either way."""
     minimize = pytest.importorskip("scipy.optimize", reason="scipy comes with scikit-learn").minimize
-    evaluations, ratios = 120, []
+    evaluations, ratios = 60, []
     options = {"maxfun": evaluations, "maxiter": evaluations, "ftol": 0, "gtol": 0}
-    for seed in range(60):
+    for seed in range(200):
         start, losses = (np.random.default_rng(seed).normal(size=25) / 2).astype(FLOATX), []
 
         def noted(w, losses=losses):
@@ -248,8 +255,9 @@ def test_a_network_is_as_good_as_by_scipy_at_equal_evaluations():
 
         minimize(noted, start.astype("float64"), jac=True, method="L-BFGS-B", options=options)
         ours = kopt.minimize_fn(network, start, max_evals=evaluations, gtol=0, ftol=0)
-        ratios.append(ours.fun / min(losses[:evaluations]))
-    assert np.exp(np.mean(np.log(ratios))) < 1.5, np.exp(np.mean(np.log(ratios)))
+        ratios.append(np.log(ours.fun / min(losses[:evaluations])))
+    error = np.std(ratios) / np.sqrt(len(ratios))
+    assert np.mean(ratios) < 2 * error, np.exp([np.mean(ratios), error])
 
 
 def test_logistic_regression_to_the_optimum_of_scikit_learn():

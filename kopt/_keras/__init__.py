@@ -377,6 +377,11 @@ def takes_training(model) -> bool:
     return model._call_has_training_arg
 
 
+def compute_loss(model, x, y, predicted, sample_weight, training):
+    """`model.compute_loss`, which may not have the argument `training`."""
+    return model._compute_loss(x, y, predicted, sample_weight, training=training)
+
+
 def has_metrics(model) -> bool:
     """Whether a model was compiled with metrics beside its loss."""
     given = model._compile_config.config if model.compiled else {}

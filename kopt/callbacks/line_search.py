@@ -22,6 +22,10 @@ class LineSearchMonitor(Callback):
     weights (`ModelCheckpoint`, `EarlyStopping`, KerasTuner's) are given the best point instead. `BackupAndRestore`
     saves what is there, so that a resumed search goes on to the bit.
 
+    Give it a place before the callbacks that read these logs, and tell them the direction, as in
+    `EarlyStopping("accepted_loss", mode="min")`. A point that was tried may have a loss of NaN, at which
+    `TerminateOnNaN` would end a search that is well.
+
     Before the first step it refuses what makes the loss noisy: arrays in several batches, unless `accumulate_steps`
     takes them together, and layers that draw at random; it warns of batch normalization and of a last batch that is
     shorter than the others.
@@ -66,11 +70,20 @@ class LineSearchMonitor(Callback):
         fit, optimizer = running.Fit(self), self.optimizer
         noise.check_model(self.model, optimizer.name, noise.random_layers(self.model))
         self._check_batches(fit, optimizer.accumulate_steps)
-        if optimizer.is_at("point"):
-            optimizer.show("trial")
+        optimizer.__dict__["is_followed"] = True
+        optimizer.empty_window()
+        optimizer.show("trial" if self._is_single(optimizer.accumulate_steps) else "point")
         keepers = [one for one in fit.callbacks if _keras.keeping_method(one)]
         self._undo = [around_validation(self, self.model, self.best_point)]
         self._undo += [around_keeping(one, self.best_point) for one in keepers]
+
+    def _is_single(self, accumulate_steps) -> bool:
+        """Whether this `fit` makes one evaluation only.
+
+        It goes on with the trial, or many of them would look at one point for ever; others begin with the point, and
+        see whether its loss is what it was.
+        """
+        return self.params.get("epochs") == 1 and self.params.get("steps") == (accumulate_steps or 1)
 
     def _check_batches(self, fit, accumulate_steps) -> None:
         if fit.arrays is None:
@@ -82,7 +95,7 @@ class LineSearchMonitor(Callback):
             checks.refuse("batch_size", allowed, size)
         if batches > 1 and shuffled:
             checks.refuse("shuffle", "False beside `accumulate_steps`: the same batches make the same loss", True)
-        if rows % size:
+        if batches > 1 and rows % size:
             warnings.warn(
                 f"The last batch has {rows % size} rows, the others {size}, and counts as much: the loss is the mean "
                 f"of the batches' means. A `batch_size` that divides {rows} mends it.",
@@ -93,8 +106,8 @@ class LineSearchMonitor(Callback):
     def best_point(self):
         """A context in which the model has the best point so far, and then again what it had."""
         _keras.fetch_state(self.model)
-        optimizer = self.optimizer
-        at_trial = optimizer.is_at("trial")
+        optimizer = getattr(self.model, "optimizer", None)  # another one, after a `fit` that was broken off
+        at_trial = isinstance(optimizer, QuasiNewton) and optimizer.is_at("trial")
         if at_trial:
             optimizer.show("point")
         try:

@@ -14,6 +14,7 @@ from kopt.callbacks.base import InStep
 from kopt.callbacks.clock import Span
 from kopt.callbacks.segments import Segments
 from kopt.callbacks.showing import Showing, around_keeping, around_validation
+from kopt.optimizers.quasi_newton.optimizer import QuasiNewton
 
 MOMENTUM = 0.995
 OWN = "val_averaged_"  # what the metrics of the average are called beside those of the raw weights
@@ -194,6 +195,9 @@ class PolyakAveraging(InStep):
         return weights.digest(weights.arrays(self._changed())) == digest
 
     def install(self, optimizer):
+        if isinstance(optimizer, QuasiNewton):
+            allowed = f"another beside {self.name}: an average would be of the points that a line search tries"
+            checks.refuse("optimizer", allowed, optimizer)
         if getattr(optimizer, "use_ema", False):
             checks.refuse("use_ema", f"False beside {self.name}: its average would come into the weights", True)
         span = Span(self.params, optimizer.gradient_accumulation_steps or 1)

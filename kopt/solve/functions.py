@@ -1,6 +1,6 @@
 """Whole minimisations: of a function of tensors, and of a model's loss."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
@@ -92,8 +92,8 @@ def minimize_fn(
             else:
                 state = evaluated(state, (), m)
             is_step = point.is_compiled or int(state.search.iterations) > before
-            if callback is not None and is_step and callback(_result(state, point)) is True:
-                break
+            if callback is not None and is_step and callback(_result(state, point)):
+                return replace(_result(state, point), message="`callback` has stopped it")
     return _result(state, point)
 
 
@@ -101,6 +101,8 @@ class Flat:
     """The point of a minimisation as one vector, and the structure that the function sees."""
 
     def __init__(self, x0):
+        if isinstance(x0, (list, tuple)) and all(isinstance(part, (int, float)) for part in x0):
+            x0 = np.asarray(x0)
         self.like = keras.tree.map_structure(self._array, x0)
         parts = keras.tree.flatten(self.like)
         if not parts or any("float" not in self.dtype_of(part) for part in parts):
@@ -113,6 +115,8 @@ class Flat:
         self.xp, self.dtype = np if kinds == {True} else ops, dtypes.pop()
         self.is_compiled = self.xp is ops and backends.BACKEND != "torch"
         self.start = self.joined(self.like)
+        if not self.start.shape[0]:
+            checks.refuse("x0", "of one number or more", x0)
 
     @staticmethod
     def _array(part):
@@ -133,7 +137,9 @@ class Flat:
         parts, start = [], 0
         for part in keras.tree.flatten(self.like):
             size = int(np.prod(part.shape))
-            parts.append(self.xp.reshape(vector[start : start + size], part.shape))
+            own = vector[start : start + size]  # a copy where the function could write into it
+            own = own.copy() if self.xp is np else own.clone() if backends.BACKEND == "torch" else own
+            parts.append(self.xp.reshape(own, part.shape))
             start += size
         return keras.tree.pack_sequence_as(self.like, parts)
 
@@ -148,10 +154,9 @@ class Flat:
         if not isinstance(found, (tuple, list)) or len(found) != 2:
             checks.refuse("value_and_grad", "a function that returns value and gradient, both of them", function)
         value, gradient = found
-        if any(size != 1 for size in np.shape(value) if size is not None):
-            checks.refuse(
-                "value_and_grad", "a function whose value is one number", f"a value of shape {tuple(np.shape(value))}"
-            )
+        if isinstance(value, (str, complex, type(None))) or any(size != 1 for size in np.shape(value)):
+            shape = f"{type(value).__name__} of shape {np.shape(value)}"
+            checks.refuse("value_and_grad", "a function whose value is one number", shape)
         try:
             keras.tree.assert_same_structure(self.like, gradient)
             gradients = keras.tree.map_structure(lambda part, like: self._like(part, like), gradient, self.like)
@@ -163,7 +168,10 @@ class Flat:
 
     def _like(self, part, like):
         if self.xp is np:
-            part = np.array(ops.convert_to_numpy(part) if ops.is_tensor(part) else part, self.dtype)
+            part = ops.convert_to_numpy(part) if ops.is_tensor(part) else np.asarray(part)
+            if part.dtype.kind not in "fiub":
+                raise ValueError(f"It is of {part.dtype}.")
+            part = np.array(part, self.dtype)
         else:
             part = ops.cast(backends.detached(part) if ops.is_tensor(part) else part, self.dtype)
         if tuple(part.shape) != tuple(like.shape):
@@ -175,6 +183,11 @@ def optimizer_of(method, options) -> QuasiNewton:
     for name in ("maxiter", "max_iter", "maxfun", "max_eval", "maxfev"):
         if name in options:
             checks.refuse(name, "left out: the number of evaluations is `max_evals`", options[name])
+    for name in ("accumulate_steps", "check_noise"):
+        if name in options:
+            checks.refuse(name, "left out: an evaluation is of all there is, and is taken to be exact", options[name])
+    if isinstance(method, QuasiNewton) and method.accumulate_steps:
+        checks.refuse("method", "an optimizer without `accumulate_steps`: an evaluation is of all there is", method)
     if isinstance(method, QuasiNewton):
         for name, value in options.items():
             checks.refuse(name, "an argument of the optimizer that `method` is", value)

@@ -22,7 +22,7 @@ class Damped:
     def empty(self, x, m):
         return ()
 
-    def learnt(self, memory, search, change, turn, gradient, when, m):
+    def learnt(self, memory, search, change, turn, when, m):
         return memory, False
 
     @staticmethod
@@ -56,7 +56,7 @@ def factored(matrix, shift):
             shift = max(DAMPING * shift, least)
 
 
-class LineSearch:
+class Newton:
     """Newton's method as a minimisation, one evaluation after another."""
 
     def __init__(self, start, rules, value_and_gradient, hessian):
@@ -117,7 +117,8 @@ def steihaug(product, gradient, radius):
         return -(g @ step + 0.5 * step @ bent)
 
     for _ in range(2 * len(g)):
-        curved = np.asarray(product(direction), "float64")
+        length = np.linalg.norm(direction)  # divided by, since its product may overflow in float32
+        curved = length * np.asarray(product(direction / length), "float64")
         bend, squares = direction @ curved, residual @ residual
         reach = to_boundary(step, direction, radius)
         if not np.isfinite(bend):

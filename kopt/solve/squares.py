@@ -20,6 +20,8 @@ class Residuals:
         named = [one if isinstance(one, str) else type(one).__name__ for one in losses]
         if len(losses) != 1 or getattr(losses[0], "__name__", named[0]) not in known:
             checks.refuse("method", "another than 'lm' where the loss is not 'mse' of one output", named)
+        if type(model).compute_loss is not keras.Model.compute_loss:
+            checks.refuse("method", "another than 'lm' for a model with a `compute_loss` of its own", "lm")
         self.penalized = []
         for variable in objective.variables:
             penalty = getattr(variable, "regularizer", None)

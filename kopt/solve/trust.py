@@ -32,7 +32,8 @@ class Foretold:
         s = state.search._replace(evaluations=state.search.evaluations + 1)
         loss, is_first = self.loss_at(x), s.phase == search.NEW
         if is_first and not np.isfinite(loss):
-            self.state = state._replace(search=s._replace(status=search.NONFINITE))
+            s = s._replace(status=search.NONFINITE, loss=loss, norm=np.nan)
+            self.state = state._replace(search=s, gradient=np.full_like(x, np.nan))
             return
         kept = np.isfinite(loss) and self.promised > 0
         ratio = (s.loss - loss) / self.promised if kept else -np.inf

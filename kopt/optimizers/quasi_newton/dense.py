@@ -24,20 +24,20 @@ class Inverse:
     def empty(self, x, m):
         return (m.zeros((*x.shape, *x.shape)),)
 
-    def learnt(self, memory, search: Search, s, y, gradient, when, m):
+    def learnt(self, memory, search: Search, s, y, when, m):
         """The memory with one more pair, and whether there is one more."""
         when = when & is_curved(m.dot(s, y), s, y, m)
-        return m.cond(when, lambda: (self.updated(*memory, search, s, y, gradient, m),), lambda: memory), when
+        return m.cond(when, lambda: (self.updated(*memory, search, s, y, m),), lambda: memory), when
 
-    def updated(self, inverse, search, s, y, gradient, m):
+    def updated(self, inverse, search, s, y, m):
         sy, first = m.dot(s, y), search.pairs == 0
-        scale = sy / m.dot(y, y)
+        scale = m.ratio(sy, m.dot(y, y))
         inverse = m.cond(first, lambda: m.eye(s.shape[0]) * scale, lambda: inverse)
         hy = m.matmul(inverse, y)
         yhy = m.dot(y, hy)
         # H⁻¹s is -step * gradient, since the step went along -H gradient; but H is new where nothing was learnt.
-        b = m.where(first, m.dot(s, s) / scale, -search.step * m.dot(s, gradient)) / sy
-        tau, phi = self.scaling(b, yhy / sy, s.shape[0], m)
+        curved = m.where(first, m.ratio(m.dot(s, s), scale), -search.step * search.step * search.slope)
+        tau, phi = self.scaling(m.ratio(curved, sy), m.ratio(yhy, sy), s.shape[0], m)
         v = s / sy - hy / yhy
         inverse = (inverse - m.outer(hy, hy / yhy) + m.outer(phi * yhy * v, v)) / tau + m.outer(s, s / sy)
         return (inverse + m.transpose(inverse)) / 2
@@ -56,7 +56,7 @@ def bfgs(b, h, n, m):
 
 def ssbfgs(b, h, n, m):
     """Al-Baali: never scaled up."""
-    return m.minimum(1.0, 1 / b), 1.0
+    return m.minimum(1.0, m.ratio(1.0, b)), 1.0
 
 
 def ssbroyden(b, h, n, m):
@@ -69,9 +69,10 @@ def ssbroyden(b, h, n, m):
     theta = m.where(b > 1, m.maximum(low, middle), m.where(b < 1, m.minimum(high, middle), low))
     sigma = 1 + theta * a
     root = m.power(m.abs(sigma), 1 / (1 - n) if n > 1 else 0.0)
-    below, above = m.minimum(1.0, 1 / b) * root, m.minimum(1.0, 1 / b) * m.minimum(root, m.ratio(1.0, theta))
+    least = m.minimum(1.0, m.ratio(1.0, b))
+    below, above = least * root, least * m.minimum(root, m.ratio(1.0, theta))
     tau = m.where(theta <= 0, m.minimum(below, sigma), above)
-    phi = (1 - theta) / sigma
+    phi = m.ratio(1 - theta, sigma)
     fits = m.is_finite(tau) & m.is_finite(phi) & (tau > 0)
     return m.where(fits, tau, 1.0), m.where(fits, phi, 1.0)
 

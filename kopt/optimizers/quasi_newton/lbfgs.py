@@ -18,7 +18,7 @@ class Recursion:
         rows = m.zeros((self.size, *x.shape))
         return rows, m.zeros(rows.shape), m.zeros((self.size,))
 
-    def learnt(self, memory, search, change, turn, gradient, when, m):
+    def learnt(self, memory, search, change, turn, when, m):
         """The memory with one more pair, in the place of the oldest, and whether there is one more."""
         product = m.dot(change, turn)
         when = when & is_curved(product, change, turn, m)
@@ -37,8 +37,13 @@ class Recursion:
 
 
 def is_curved(product, change, turn, m):
-    """Whether the loss curves upward along a step, beyond rounding: whether the angle of step and turn is acute."""
-    return product > m.eps * m.sqrt(m.dot(change, change)) * m.sqrt(m.dot(turn, turn))
+    """Whether the loss curves upward along a step, beyond rounding: whether the angle of step and turn is acute.
+
+    An angle, since the usual test against the length of the step leaves out good pairs where the loss is flat.
+    """
+    steps, turns = m.dot(change, change), m.dot(turn, turn)
+    is_number = (product > m.least) & (turns > m.least)
+    return is_number & (product > m.eps * m.sqrt(steps) * m.sqrt(turns))
 
 
 def times(memory, pairs, vector, size, m):
@@ -51,13 +56,13 @@ def times(memory, pairs, vector, size, m):
 
     def back(age, carry):  # from the youngest pair to the oldest
         vector, shares = carry
-        share = m.dot(m.row(changes, place(age)), vector) / m.row(products, place(age))
+        share = m.ratio(m.dot(m.row(changes, place(age)), vector), m.row(products, place(age)))
         return vector - share * m.row(turns, place(age)), m.put(shares, share, age)
 
     def forth(i, carry):  # and to the youngest again
         vector, shares = carry
         age = known - 1 - i
-        share = m.row(shares, age) - m.dot(m.row(turns, place(age)), vector) / m.row(products, place(age))
+        share = m.row(shares, age) - m.ratio(m.dot(m.row(turns, place(age)), vector), m.row(products, place(age)))
         return vector + share * m.row(changes, place(age)), shares
 
     vector, shares = m.repeat(known, back, (vector, m.blank(size)))
@@ -99,7 +104,7 @@ class LBFGS(QuasiNewton):
         Liu & Nocedal, On the limited memory BFGS method for large scale optimization, Mathematical Programming 45,
         1989.
 
-    Differs from torch's in that a training step is one evaluation, that tolerances are relative and ask for three steps
+    Differs from torch's in that a training step is one evaluation, that tolerances are relative and ask for five steps
     in a row, and that it backs off from NaN; from SciPy's in that it works in float32, on the device.
     """
 

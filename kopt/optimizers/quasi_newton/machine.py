@@ -6,7 +6,7 @@ from kopt.optimizers.quasi_newton import search
 from kopt.optimizers.quasi_newton.search import Rules, Search
 
 VECTORS = "point", "gradient", "direction", "trial"
-DIFFERENCE = 1e-2  # of two gradients of one point, in shares of the first, that are not the same any more
+DIFFERENCE = 0.1  # of two gradients of one point, in shares of the greater, that are not the same any more
 
 
 class State(NamedTuple):
@@ -26,41 +26,47 @@ def begun(method, x, m) -> State:
     return State(numbers, x, m.zeros(x.shape), m.zeros(x.shape), x, method.empty(x, m))
 
 
-def is_over(state: State, x, loss, m):
+def is_over(state: State, x, loss, gradient, rules: Rules, m):
     """Whether a method that has ended stays so: not if somebody has moved the point or changed what is minimised."""
     s = state.search
-    stays = m.equal(x, state.point) & ((s.status == search.NOISY) | m.no(is_other(loss, s.loss, m)))
-    return (s.status != search.RUNNING) & stays
+    is_same = (s.status == search.NOISY) | m.no(is_other(state, loss, gradient, rules, m))
+    stays = m.equal(x, state.point) & is_same
+    return (s.status != search.RUNNING) & (s.phase != search.RESTED) & stays
 
 
 def advanced(state: State, x, loss, gradient, method, rules: Rules, m) -> State:
     """The state after `loss` and `gradient` were found at `x`.
 
+    What was found is accepted, where the search asks for it or a point is known no better; or the search is narrowed;
+    or, where it cannot be, it goes back to the best step that it has seen, or gives up. After a point that is accepted
+    or given up comes a new direction, unless the point is to be evaluated once more, for noise.
+
     Where `x` is not the point of the trial, somebody else has moved it: the search begins anew there. Where it is moved
-    back to the point that was accepted last, what was learnt stays.
+    back to the point that was accepted last, and the loss is what it was, what was learnt stays.
     """
-    before = found_at(state, x, loss, m)
+    before, is_new = found_at(state, x, loss, gradient, rules, m)
     slope = m.dot(gradient, state.direction)
     finite = m.is_finite(loss) & m.all_finite(gradient)
     accepted = search.is_accepted(before, loss, slope, finite, rules, m)
     is_step = accepted & (before.phase >= search.SEARCHING)
 
     change, turn = x - state.point, gradient - state.gradient
-    memory, learns = method.learnt(state.memory, before, change, turn, state.gradient, is_step, m)
+    memory, learns = method.learnt(state.memory, before, change, turn, is_step, m)
     tried, is_done = search.narrowed(before, loss, slope, finite, rules, m)
-    is_noisy = accepted & (before.phase == search.CHECKING) & differs(state, loss, gradient, rules, m)
-    s = m.merged(accepted, reached(before, loss, m.largest(gradient), is_step, learns, is_noisy, rules, m), tried)
+    is_noisy = accepted & (before.phase == search.CHECKING) & is_other(state, loss, gradient, rules, m)
+    norm = m.largest(gradient)
+    s = m.merged(accepted, reached(before, loss, norm, is_step, learns, is_noisy, rules, m), tried)
     goes_back = m.no(accepted) & is_done & search.has_gain(tried, rules)  # the best step of this search is good enough
     gives_up = m.no(accepted) & is_done & m.no(goes_back)
     s = m.merged(goes_back, s._replace(phase=search.LAST, step=s.low), s)
-    s = m.merged(gives_up, given_up(s, finite, m), s)
+    s = m.merged(gives_up, given_up(s, loss, norm, finite, m), s)
 
-    checks = accepted & (before.phase == search.NEW) & (before.evaluations == 1) & rules.check_noise
+    checks = accepted & (before.phase == search.NEW) & is_new & rules.check_noise
     begins = (accepted | gives_up) & (s.status == search.RUNNING) & m.no(checks)
     state = State(
         s._replace(phase=m.where(checks, search.CHECKING, s.phase)),
         m.where(accepted | (before.phase == search.NEW), x, state.point),
-        m.where(accepted, gradient, state.gradient),
+        m.where(accepted | (before.phase == search.NEW), gradient, state.gradient),
         state.direction,
         state.trial,
         memory,
@@ -68,39 +74,38 @@ def advanced(state: State, x, loss, gradient, method, rules: Rules, m) -> State:
     return aimed(state, begins, method, m)
 
 
-def found_at(state: State, x, loss, m) -> Search:
-    """The search, one evaluation later; a new one if `x` is not where it was to be."""
+def found_at(state: State, x, loss, gradient, rules: Rules, m) -> tuple[Search, Any]:
+    """The search, one evaluation later, and whether it is a new one: elsewhere, or of another function."""
     s = state.search
     moved, ended = m.no(m.equal(x, state.trial)), s.status != search.RUNNING
-    elsewhere = ended | (moved & m.no(m.equal(x, state.point)))
-    anew = elsewhere | (s.evaluations == 0)
+    is_same = m.equal(x, state.point) & m.no(is_other(state, loss, gradient, rules, m))
+    elsewhere = ended | (moved & m.no(is_same))
+    is_new = elsewhere | (s.evaluations == 0)
     return s._replace(
         status=s.status * 0,
         phase=m.where(moved | ended, search.NEW, s.phase),
         evaluations=s.evaluations + 1,
         pairs=m.where(elsewhere, 0, s.pairs),  # 0: nothing that was learnt counts any more
-        first_loss=m.where(anew, loss, s.first_loss),
-    )
+        first_loss=m.where(is_new, loss, s.first_loss),
+    ), is_new
 
 
-def differs(state: State, loss, gradient, rules: Rules, m):
-    """Whether a second evaluation of one point says something else than the first."""
-    if rules.is_blind:
-        return m.largest(gradient - state.gradient) > DIFFERENCE * state.search.norm
-    return is_other(loss, state.search.loss, m)
-
-
-def is_other(loss, before, m):
-    """Whether two losses differ by more than the order of a sum can make."""
-    return m.abs(loss - before) > m.root_eps * m.maximum(m.abs(loss), m.abs(before))
+def is_other(state: State, loss, gradient, rules: Rules, m):
+    """Whether loss or gradient of the point that was accepted last differ by more than the order of a sum can make."""
+    before, norm = state.search.loss, m.maximum(m.largest(gradient), state.search.norm)
+    apart = m.abs(loss - before) > m.root_eps * m.maximum(m.abs(loss), m.abs(before))
+    apart = apart | (m.is_finite(loss) != m.is_finite(before))
+    turn = m.largest(gradient - state.gradient)
+    return apart | ((turn > DIFFERENCE * norm) & (turn > rules.gtol))
 
 
 def reached(s: Search, loss, norm, is_step, learns, is_noisy, rules: Rules, m) -> Search:
     """The search at a point that was accepted; whether it is the last."""
-    ftol = 64 * m.eps if rules.ftol == "auto" else rules.ftol
-    is_flat = is_step & (s.loss - loss <= ftol * m.maximum(m.abs(loss), m.abs(s.loss))) & (ftol > 0)
+    ftol = 4 * m.eps if rules.ftol == "auto" else rules.ftol
+    is_flat = is_step & (m.abs(s.loss - loss) <= ftol * m.maximum(m.abs(loss), m.abs(s.loss))) & (ftol > 0)
     flat = m.where(is_flat & m.no(rules.is_blind), s.flat + 1, 0)
-    status = m.where(flat >= search.FLAT_STEPS, search.LOSS, search.RUNNING)
+    ended = m.where(loss <= s.first_loss, search.LOSS, search.STUCK)  # where each step is taken it may have risen
+    status = m.where(flat >= search.FLAT_STEPS, ended, search.RUNNING)
     status = m.where(norm <= rules.gtol, search.GRADIENT, status)
     return s._replace(
         status=m.where(is_noisy, search.NOISY, status),
@@ -113,23 +118,38 @@ def reached(s: Search, loss, norm, is_step, learns, is_noisy, rules: Rules, m) -
     )
 
 
-def given_up(s: Search, finite, m) -> Search:
+def given_up(s: Search, loss, norm, finite, m) -> Search:
     """The search where no step is good: once more, along the gradient, if that was not tried; or the end."""
-    status = m.where(s.pairs > 0, search.RUNNING, search.STUCK)
-    status = m.where((s.phase == search.NEW) & m.no(finite), search.NONFINITE, status)
-    return s._replace(status=status, pairs=s.pairs * 0, restarts=s.restarts + 1)
+    is_start = (s.phase == search.NEW) & m.no(finite)
+    return s._replace(
+        status=m.where(is_start, search.NONFINITE, m.where(s.pairs > 0, search.RUNNING, search.STUCK)),
+        pairs=s.pairs * 0,
+        restarts=s.restarts + 1,
+        loss=m.where(is_start, loss, s.loss),
+        norm=m.where(is_start, norm, s.norm),
+    )
 
 
 def aimed(state: State, begins, method, m) -> State:
     """The state with the trial that comes next, along a new direction if a search begins."""
     s, gradient = state.search, state.gradient
     direction = m.cond(begins, lambda: method.direction(state, m), lambda: state.direction)
-    slope, steepest = m.dot(gradient, direction), m.dot(gradient, gradient)
+    slope = m.dot(gradient, direction)
     uphill = begins & m.no(m.is_finite(slope) & (slope < 0))
     s = s._replace(pairs=m.where(uphill, 0, s.pairs), restarts=s.restarts + m.where(uphill, 1, 0))
-    direction, slope = m.where(uphill, -gradient, direction), m.where(uphill, -steepest, slope)
-    step = m.where(method.has_scale(s), 1.0, m.minimum(1.0, m.ratio(1.0, m.sqrt(steepest))))
-    s = m.merged(begins, search.begun(s, slope, step, m.grain(state.point, direction)), s)
+    direction, slope, step = m.cond(
+        begins & (uphill | m.no(method.has_scale(s))),
+        lambda: steepest(gradient, m),
+        lambda: (direction, slope, m.number(1.0)),
+    )
+    grain = m.grain(state.point, direction)
+    s = m.merged(begins, search.begun(s, slope, m.maximum(step, 2 * grain), grain), s)
     is_search = (s.status == search.RUNNING) & (s.phase != search.CHECKING)
     trial = m.cond(is_search, lambda: state.point + s.step * direction, lambda: state.point)
     return state._replace(search=s, direction=direction, trial=trial)
+
+
+def steepest(gradient, m):
+    """The direction against the gradient, of length 1, the slope along it, and a first step."""
+    length = m.length(gradient)
+    return -gradient / length, -length, m.minimum(m.number(1.0), length)

@@ -12,7 +12,7 @@ from keras import ops
 
 from kopt import _keras, backends, checks
 from kopt.optimizers import gradients, state
-from kopt.optimizers.quasi_newton import machine, search
+from kopt.optimizers.quasi_newton import machine, noise, search
 from kopt.optimizers.quasi_newton.space import space_of
 from kopt.optimizers.rule import Choice, Declared
 
@@ -38,19 +38,23 @@ _RENAMED = {
 
 WHY = {
     "gradient": "no entry of the gradient is above `gtol`",
-    "loss": "three steps in a row gained no more than `ftol`",
+    "loss": "five steps in a row gained no more than `ftol`",
     "stuck": "no step leads to a lower loss: it is at its precision, or the gradient is not that of the loss",
-    "noisy": "two evaluations of the same weights gave two losses. It needs all data in one batch "
+    "noisy": "two evaluations of the same weights gave two losses, or two gradients. It needs all data in one batch "
     "(`fit(..., batch_size=len(x), shuffle=False)`, or `accumulate_steps` for equal batches in a fixed order) and no "
     "Dropout or other randomness in the model",
     "nonfinite": "the loss or the gradient is infinite or NaN there",
 }
 
 
+MANY, RARELY = 20, 0.2  # so many evaluations, of which this share were steps, or less: something is wrong
 _DEFAULTS = {
     "line_search": "wolfe", "c1": 1e-4, "c2": 0.9, "gtol": 1e-5, "ftol": "auto", "max_line_search": 25,
     "accumulate_steps": None, "check_noise": True,
 }  # fmt: skip
+
+
+_WINDOW = "window", "loss_sum", "gradient_sum"  # of the batches that make one evaluation
 
 
 class Common(TypedDict, total=False):
@@ -74,22 +78,30 @@ class QuasiNewton(Declared, _keras.OptimizerBridge):
     `model.fit(x, y, batch_size=len(x), shuffle=False, epochs=500)`. One training step is one evaluation of loss and
     gradient, whatever becomes of it, so that the loss that Keras logs is that of the points that the search tries. The
     best point so far is in the model when `fit` ends, and with `kopt.callbacks.LineSearchMonitor` also whenever a
-    validation or a checkpoint looks. When a tolerance is met, steps change nothing any more.
+    validation or a checkpoint looks. When a tolerance is met, steps change nothing any more. Each `fit` begins with an
+    evaluation of that point, and with a new search if loss or gradient are not what they were.
+
+    In a loop of your own, and after a `fit` that was broken off (Ctrl-C), the model has a point that was to be tried:
+    `optimizer.show("point")` puts the best one there.
 
     `status`, `loss`, `gradient_norm`, `step_size`, `evaluations` and `iterations`, the accepted steps, say how it is.
 
     Args:
-        line_search: "wolfe" accepts a step by the strong Wolfe conditions, or by Hager's and Zhang's approximation
-            where the loss is flat to its precision. "gradient" goes by the slope alone. "none" takes every step.
-        c1: How much of the decrease that the slope promises a step must bring.
-        c2: What share of the slope may be left after a step.
-        gtol: No entry of the gradient above this is the end; the scale of the loss counts. 0: there is no such end.
-        ftol: Three steps in a row that lower the loss by no more than this share of it are the end. "auto" is 64 times
-            the precision of the dtype. 0: there is no such end.
-        max_line_search: How many steps to try along one direction.
+        line_search: "wolfe", the default, accepts a step by the strong Wolfe conditions, or by Hager's and Zhang's
+            approximation where the loss is flat to its precision. "gradient" goes by the slope alone. "none" takes
+            every step, whatever becomes of the loss.
+        c1: How much of the decrease that the slope promises a step must bring; 1e-4.
+        c2: What share of the slope may be left after a step; 0.9.
+        gtol: Stop when no entry of the gradient is larger than this in absolute value, whatever the scale of the loss;
+            1e-5. 0 switches it off, as you will want for many digits.
+        ftol: Stop when five steps in a row lower the loss by no more than this share of it. "auto", the default, is 4
+            times the precision of the dtype. 0 switches it off.
+        max_line_search: How many steps to try along one direction; 25.
         accumulate_steps: An evaluation is the mean of so many batches, the same ones in the same order each time, for
-            data that does not fit into one. They should have equal sizes, since the mean takes them for equal.
-        check_noise: Whether the first point is evaluated twice; where it has two losses, that is the end.
+            data that does not fit into one. They should have equal sizes, since the mean takes them for equal. None,
+            the default, is one.
+        check_noise: Whether the first point is evaluated twice, and that of a `fit` with other data; where it has two
+            losses or two gradients, that is the end. True is the default.
         name: Name of the optimizer.
     """
 
@@ -113,17 +125,22 @@ class QuasiNewton(Declared, _keras.OptimizerBridge):
         for other, value in arguments.items():
             if other in declared:
                 continue
+            if other in _NOT_FOR and value is None:
+                continue
             if other in _NOT_FOR:
                 checks.refuse(other, f"left out for {type(self).__name__}: {_NOT_FOR[other]}", value)
             self.refuse_unknown(other, value, [*declared, "name"], _RENAMED)
         name = checks.optional(checks.text)("name", name)
-        arguments = _DEFAULTS | arguments
-        arguments = {argument: declared[argument].check(argument, value) for argument, value in arguments.items()}
+        arguments = {
+            argument: declared[argument].check(argument, value)
+            for argument, value in (_DEFAULTS | arguments).items()
+            if argument in declared
+        }
         self.check_together(arguments)
         self.__dict__.update(
             ready=False, choices=arguments, kept=None, found_loss=None, waiting={}, before={}, loaded={}
         )
-        self.__dict__.update(slots_in_use=(), is_blind=False)
+        self.__dict__.update(slots_in_use=(), is_blind=False, is_followed=False, told=(0, 0))
         super().__init__(1.0, name=name)
         self.__dict__["ready"] = True
 
@@ -165,6 +182,7 @@ class QuasiNewton(Declared, _keras.OptimizerBridge):
                 )
             self.__dict__["kept"] = kept
             self.index(variables)
+            noise.check_names([] if self.is_followed else map(_keras.path_of, variables), self.name)
             if self.waiting:
                 state.settle(self)
 
@@ -178,7 +196,7 @@ class QuasiNewton(Declared, _keras.OptimizerBridge):
 
     def _checked(self, variables) -> list:
         if not variables:
-            checks.refuse("variables", "a list of at least one", variables)
+            checks.refuse("variables", "at least one: the model has no trainable weights", variables)
         dtypes = sorted({_keras.dtype_of(variable) for variable in variables})
         if dtypes not in (["float32"], ["float64"]):
             checks.refuse("variables", f"all of float32, or all of float64, for {type(self).__name__}", dtypes)
@@ -217,7 +235,8 @@ class QuasiNewton(Declared, _keras.OptimizerBridge):
         with backends.unrecorded():
             self.build(variables)
             if list(map(id, variables)) != list(map(id, self.trained)):
-                allowed = "all that the optimizer was built with, in their order: a search moves them together"
+                allowed = "all that the optimizer was built with, in their order, since a search moves them together "
+                allowed += "(if other weights are trainable now, compile with a new optimizer)"
                 checks.refuse("trainable_variables", allowed, [_keras.path_of(variable) for variable in variables])
             if loss is None and not self.is_blind:
                 self.__dict__["is_blind"] = True
@@ -239,7 +258,7 @@ class QuasiNewton(Declared, _keras.OptimizerBridge):
         if self.accumulate_steps is None:
             self._advance(loss, gradient)
             return
-        window, loss_sum, gradient_sum = (self.kept[name] for name in ("window", "loss_sum", "gradient_sum"))
+        window, loss_sum, gradient_sum = (self.kept[name] for name in _WINDOW)
         window.assign_add(1)
         loss_sum.assign_add(loss)
         gradient_sum.assign_add(gradient)
@@ -247,18 +266,18 @@ class QuasiNewton(Declared, _keras.OptimizerBridge):
         def close():
             count = ops.cast(self.accumulate_steps, dtype)
             self._advance(backends.read(loss_sum, dtype) / count, backends.read(gradient_sum, dtype) / count)
-            for variable in (window, loss_sum, gradient_sum):
-                variable.assign(ops.zeros(variable.shape, variable.dtype))
+            self.empty_window()
 
         backends.when(backends.read(window, "int32") >= self.accumulate_steps, close, [*self.trained, *self.variables])
 
     def _advance(self, loss, gradient) -> None:
         x, m = self._flat(self.trained), space_of(gradient)
         before, loss = self._state(m), m.number(loss)
-        over = machine.is_over(before, x, loss, m)
+        rules = self.rules(self.is_blind)
+        over = machine.is_over(before, x, loss, gradient, rules, m)
 
         def go():
-            after = machine.advanced(self._state(m), x, loss, gradient, self.method(), self.rules(self.is_blind), m)
+            after = machine.advanced(self._state(m), x, loss, gradient, self.method(), rules, m)
             self._keep(after)
             self._show(after.trial)
 
@@ -299,10 +318,31 @@ class QuasiNewton(Declared, _keras.OptimizerBridge):
         if not self.built or _keras.is_away(self.iterations):  # not to hide an error on its way through JAX's `fit`
             return
         self.show("point")
-        if self.status in ("noisy", "nonfinite"):
-            warnings.warn(f"{self.name} has stopped at its start: {WHY[self.status]}.", stacklevel=2)
-            for name in ("counts", "numbers"):
+        self.empty_window()
+        self._warn()
+
+    def empty_window(self) -> None:
+        """Forget the batches of an evaluation that is not complete."""
+        for name in _WINDOW:
+            if self.built and name in self.kept:
                 self.kept[name].assign(ops.zeros(self.kept[name].shape, self.kept[name].dtype))
+
+    def _warn(self) -> None:
+        """Say at the end of `fit` what has made it fail."""
+        (tried, taken), numbers = self.__dict__["told"], (self.evaluations, self._number("iterations"))
+        self.__dict__["told"] = numbers
+        if self.status in ("noisy", "nonfinite"):
+            counts = _keras.to_numpy(self.kept["counts"]).copy()
+            counts[search.INTEGERS.index("phase")] = search.RESTED
+            self.kept["counts"].assign(counts)
+            warnings.warn(f"{self.name} has stopped at its start: {WHY[self.status]}.", stacklevel=3)
+        elif numbers[0] - tried >= MANY and numbers[1] - taken < RARELY * (numbers[0] - tried):
+            steps = f"{numbers[1] - taken} steps in {numbers[0] - tried} evaluations"
+            warnings.warn(
+                f"{self.name} has taken {steps}: the loss is not the same at each evaluation (Dropout, batches, data "
+                "that change), or it is at its precision.",
+                stacklevel=3,
+            )
 
     # What it came to
 
@@ -317,7 +357,7 @@ class QuasiNewton(Declared, _keras.OptimizerBridge):
     def status(self) -> str:
         """How it stands.
 
-        "running"; "gradient": no entry of the gradient is above `gtol`; "loss": three steps in a row gained no more
+        "running"; "gradient": no entry of the gradient is above `gtol`; "loss": five steps in a row gained no more
         than `ftol`; "stuck": no step leads to a lower loss, mostly because that is at its precision; "nonfinite": the
         loss or the gradient of the first point is not finite; "noisy": the first point has two losses.
         """
@@ -330,8 +370,8 @@ class QuasiNewton(Declared, _keras.OptimizerBridge):
 
     @property
     def loss(self) -> float:
-        """The loss at the point that was accepted last."""
-        return self._number("loss")
+        """The loss at the point that was accepted last; NaN where the optimizer was told of gradients alone."""
+        return float("nan") if self.is_blind else self._number("loss")
 
     @property
     def gradient_norm(self) -> float:
@@ -344,6 +384,11 @@ class QuasiNewton(Declared, _keras.OptimizerBridge):
         return self._number("taken")
 
     # Arguments and state
+
+    def __setattr__(self, name, value):
+        if self.__dict__.get("ready") and name in _NOT_FOR and value not in (None, False):
+            checks.refuse(name, f"left alone with {type(self).__name__}: {_NOT_FOR[name]}", value)
+        super().__setattr__(name, value)
 
     @property
     def learning_rate(self):

@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 
 DELTA = 0.1  # of Hager and Zhang
 SLACK = 100  # how many roundings of the loss they allow for
-GROWTH = 10.0  # how much longer the next step may be while no step was too long
+GROWTH = 4.0  # how much longer the next step may be while no step was too long; of Moré and Thuente, 1994
 MARGIN = 0.1  # of a bracket: the next step stays so far from its ends
-FLAT_STEPS = 3  # accepted steps in a row that gain no more than `ftol`, until that is the end
+FLAT_STEPS = 5  # accepted steps in a row that gain no more than `ftol`, until that is the end
 
-# Phases: no point is known; it is evaluated once more; a step is looked for; the next evaluation is to be taken
-NEW, CHECKING, SEARCHING, LAST = range(4)
+# Phases: no point is known; it is evaluated once more; a step is looked for; the next evaluation is to be taken; `fit`
+# has ended where no search could begin, and the next one is to try again
+NEW, CHECKING, SEARCHING, LAST, RESTED = range(5)
 STATUS = "running", "gradient", "loss", "stuck", "nonfinite", "noisy"
 RUNNING, GRADIENT, LOSS, STUCK, NONFINITE, NOISY = range(len(STATUS))
 
@@ -97,7 +98,7 @@ def is_accepted(s: Search, loss, slope, finite, rules: Rules, m):
 
 def has_gain(s: Search, rules: Rules):
     """Whether there is a step that lowers the loss, though not as it should be."""
-    return (s.low > 0) & ((s.low_loss < s.loss) | rules.is_blind) & (s.phase != LAST)
+    return (s.low > 0) & ((s.low_loss < s.loss) | rules.is_blind) & (s.phase == SEARCHING)
 
 
 def begun(s: Search, slope, step, grain) -> Search:
@@ -155,7 +156,10 @@ def least_between(low, high, rules: Rules, m):
 
 
 def cubic(one, other, m):
-    """Where the cubic through two points, with their slopes, has its least value; not finite if it has none."""
+    """Where the cubic through two points, with their slopes, has its least value; not finite if it has none.
+
+    Nocedal and Wright, (3.59).
+    """
     (a, loss_a, slope_a), (b, loss_b, slope_b) = one, other
     theta = slope_a + slope_b - 3 * m.ratio(loss_a - loss_b, a - b)
     root = m.sign(b - a) * m.sqrt(theta * theta - slope_a * slope_b)

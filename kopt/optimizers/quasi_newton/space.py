@@ -19,7 +19,8 @@ class Space:
         self.xp = np if isinstance(like, np.ndarray) else ops
         self.dtype = keras.backend.standardize_dtype(like.dtype)
         self.eps = float(np.finfo(self.dtype).eps)
-        self.root_eps, self.tiny = math.sqrt(self.eps), math.sqrt(np.finfo(self.dtype).tiny)
+        self.least = float(np.finfo(self.dtype).tiny)  # above it a number has all its digits
+        self.root_eps, self.tiny = math.sqrt(self.eps), math.sqrt(self.least)
 
     def zeros(self, shape):
         return self.xp.zeros(shape, self.dtype)
@@ -35,6 +36,12 @@ class Space:
 
     def outer(self, a, b):
         return a[:, None] * b[None, :]
+
+    def length(self, a):
+        """The Euclidean length, where the squares of the entries may overflow, too."""
+        largest = self.largest(a)
+        part = a / largest
+        return self.where(largest > 0, largest * self.sqrt(self.dot(part, part)), largest)
 
     def grain(self, point, direction):
         """The least step along a direction that leads to another point."""
@@ -133,19 +140,22 @@ class Values(Space):
 
     @staticmethod
     def power(x, exponent) -> float:
-        return x**exponent if x > 0 else math.nan
+        try:
+            return x**exponent if x > 0 else math.nan
+        except OverflowError:
+            return math.inf
 
     @staticmethod
     def minimum(a, b):
-        return min(a, b)
+        return a if a <= b else b  # b where one is NaN, as in a traced step
 
     @staticmethod
     def maximum(a, b):
-        return max(a, b)
+        return a if a >= b else b
 
     @staticmethod
     def clip(x, low, high):
-        return min(max(x, low), high)
+        return Values.minimum(Values.maximum(x, low), high)
 
 
 class Traced(Space):
