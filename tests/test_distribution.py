@@ -218,6 +218,31 @@ def test_a_replica_may_see_what_the_others_do_not():
     assert numpy([scaled.inner_optimizer.skipped_steps])[0] == 1
 
 
+@JAX
+@pytest.mark.parametrize("kind", ["data", "model"])
+def test_a_line_search_on_many_devices(kind):
+    """The state is flat vectors, whatever devices the weights are split over."""
+    if kind == "model":
+        mesh = keras.distribution.DeviceMesh((4, 2), ["batch", "model"])
+        layout = keras.distribution.LayoutMap(mesh)
+        layout["dense.*kernel"] = (None, "model")
+        distribution = keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch")
+    else:
+        distribution = keras.distribution.DataParallel(devices=keras.distribution.list_devices())
+    with distribution.scope():
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(8, "tanh"), keras.layers.Dense(2)])
+        model.compile(kopt.LBFGS(), "mse")
+        x = np.random.default_rng(0).normal(size=(32, 3)).astype("float32")
+        arguments = {"batch_size": 32, "shuffle": False, "verbose": 0}
+        before = model.evaluate(x, x[:, :2], batch_size=32, verbose=0)
+        model.fit(x, x[:, :2], epochs=25, callbacks=[kopt.callbacks.LineSearchMonitor()], **arguments)
+        after = model.evaluate(x, x[:, :2], batch_size=32, verbose=0)
+        assert after == pytest.approx(model.optimizer.loss, rel=1e-4)
+        assert after < 0.05 * before
+        history = kopt.minimize(model, x, x[:, :2], max_evals=20, verbose=0)
+        assert history.history["loss"][-1] < after
+
+
 @TENSORFLOW
 @every_class
 def test_in_the_scope_of_a_strategy_but_out_of_a_replica(row):

@@ -111,7 +111,8 @@ class BFGS(Dense):
 
     Args:
         max_weights: How many weights a model may have: the matrix has that number squared.
-        **common: What every quasi-Newton optimizer takes; see `kopt.QuasiNewton`.
+        **common: `line_search="wolfe"`, `c1=1e-4`, `c2=0.9`, `gtol=1e-5`, `ftol="auto"`, `max_line_search=25`,
+            `accumulate_steps=None`, `check_noise=True` and `name`: `kopt.QuasiNewton` says what they are.
 
     Example:
         >>> import keras, kopt, numpy as np
@@ -141,7 +142,8 @@ class SSBFGS(Dense):
 
     Args:
         max_weights: How many weights a model may have: the matrix has that number squared.
-        **common: What every quasi-Newton optimizer takes; see `kopt.QuasiNewton`.
+        **common: `line_search="wolfe"`, `c1=1e-4`, `c2=0.9`, `gtol=1e-5`, `ftol="auto"`, `max_line_search=25`,
+            `accumulate_steps=None`, `check_noise=True` and `name`: `kopt.QuasiNewton` says what they are.
 
     Example:
         >>> import keras, kopt, numpy as np
@@ -175,7 +177,8 @@ class SSBroyden(Dense):
 
     Args:
         max_weights: How many weights a model may have: the matrix has that number squared.
-        **common: What every quasi-Newton optimizer takes; see `kopt.QuasiNewton`.
+        **common: `line_search="wolfe"`, `c1=1e-4`, `c2=0.9`, `gtol=1e-5`, `ftol="auto"`, `max_line_search=25`,
+            `accumulate_steps=None`, `check_noise=True` and `name`: `kopt.QuasiNewton` says what they are.
 
     Example:
         >>> import keras, kopt, numpy as np

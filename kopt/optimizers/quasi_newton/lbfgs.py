@@ -88,7 +88,8 @@ class LBFGS(QuasiNewton):
 
     Args:
         memory: How many pairs to keep. It costs 2 * memory floats a weight; 10 to 50 are usual.
-        **common: What every quasi-Newton optimizer takes; see `kopt.QuasiNewton`.
+        **common: `line_search="wolfe"`, `c1=1e-4`, `c2=0.9`, `gtol=1e-5`, `ftol="auto"`, `max_line_search=25`,
+            `accumulate_steps=None`, `check_noise=True` and `name`: `kopt.QuasiNewton` says what they are.
 
     Example:
         >>> import keras, kopt, numpy as np
