@@ -1,4 +1,4 @@
-"""What TensorFlow, JAX and torch do each in their own way: conditions, replicas, gradients of rows."""
+"""What TensorFlow, JAX and torch do each in their own way: conditions, compiled loops, replicas, gradients of rows."""
 
 import contextlib
 import functools

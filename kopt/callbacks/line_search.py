@@ -70,8 +70,7 @@ class LineSearchMonitor(Callback):
         fit, optimizer = running.Fit(self), self.optimizer
         noise.check_model(self.model, optimizer.name, noise.random_layers(self.model))
         self._check_batches(fit, optimizer.accumulate_steps)
-        optimizer.__dict__["is_followed"] = True
-        optimizer.empty_window()
+        optimizer.follow()
         optimizer.show("trial" if self._is_single(optimizer.accumulate_steps) else "point")
         keepers = [one for one in fit.callbacks if _keras.keeping_method(one)]
         self._undo = [around_validation(self, self.model, self.best_point)]

@@ -5,6 +5,7 @@ import warnings
 from kopt import _keras, batch_norm, checks
 
 AMOUNTS = "rate", "stddev", "dropout", "recurrent_dropout"  # how layers call how much noise they make
+LAG = "lag behind weights that move this fast"
 
 
 def random_layers(model) -> list[str]:
@@ -14,9 +15,6 @@ def random_layers(model) -> list[str]:
         for layer in _keras.layers_of(model)
         if _keras.generators_of(layer) and any(getattr(layer, name, 0) for name in AMOUNTS)
     ]
-
-
-LAG = "lag behind weights that move this fast"
 
 
 def check_model(model, who: str, drawing: list[str], happens=LAG) -> None:

@@ -321,6 +321,11 @@ class QuasiNewton(Declared, _keras.OptimizerBridge):
         self.empty_window()
         self._warn()
 
+    def follow(self) -> None:
+        """Be ready for a `fit` with a monitor, which knows the model and warns of what is in it."""
+        self.__dict__["is_followed"] = True
+        self.empty_window()
+
     def empty_window(self) -> None:
         """Forget the batches of an evaluation that is not complete."""
         for name in _WINDOW:
