@@ -7,6 +7,7 @@ from kopt import schedules as schedules
 from kopt.batch_norm import update_bn as update_bn
 from kopt.curvature import curvature as curvature
 from kopt.ensemble import Ensemble as Ensemble
+from kopt.finder import find_learning_rate as find_learning_rate
 from kopt.numerics import exponentially_weighted_average as exponentially_weighted_average
 from kopt.optimizers.adagrad import Adagrad as Adagrad
 from kopt.optimizers.adam import Adam as Adam
@@ -23,7 +24,17 @@ from kopt.optimizers.rule import At as At
 from kopt.optimizers.rule import Slot as Slot
 from kopt.optimizers.rule import elementwise as elementwise
 from kopt.optimizers.sgd import SGD as SGD
+from kopt.range_test import RangeTest as RangeTest
 from kopt.solve.functions import minimize_fn as minimize_fn
 from kopt.solve.models import minimize as minimize
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name):
+    """`kopt.tuner` is imported when it is asked for: it needs KerasTuner, which takes a second."""
+    if name == "tuner":
+        import importlib
+
+        return importlib.import_module("kopt.tuner")
+    raise AttributeError(f"module 'kopt' has no attribute {name!r}")

@@ -5,7 +5,7 @@ A test body names no algorithm: what is particular to one stands in its row.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 import keras
@@ -15,7 +15,9 @@ import pytest
 import kopt
 import kopt.callbacks as kc
 import kopt.schedules as ks
+import kopt.tuner
 from kopt.optimizers.rule import KERNELS
+from kopt.tuner.spaces import RULES
 from tests import oracles
 from tests.conftest import BACKEND
 
@@ -760,19 +762,79 @@ KINDS |= {
         "options": "those of the method",
     },
 }
+FINDER_KINDS = {
+    "min_learning_rate": "positive",
+    "max_learning_rate": "positive",
+    "steps": "count 3",
+    "beta": "fraction",
+    "explode": "positive",
+    "verbose": "count 0",
+}
+KINDS |= {
+    kc.LearningRateFinder: FINDER_KINDS | {"name": "text?"},
+    kopt.find_learning_rate: FINDER_KINDS
+    | {"model": "a compiled model", "x": "data", "y": "arrays?", "fit_arguments": "those of `fit`"},
+    kopt.RangeTest: {
+        "learning_rates": "series",
+        "losses": "series",
+        "initial_loss": "a number",
+        "stopped": "end|diverged|data",
+        "beta": "fraction",
+    },
+    kopt.plot.range_test: {"record": "made by others", "ax": "made by matplotlib"},
+    kopt.plot.search: {"result": "made by others", "ax": "made by matplotlib"},
+    kopt.tuner.learning_rate: {
+        "hp": "made by KerasTuner",
+        "rule": "|".join(RULES),
+        "around": "a record?",
+        "name": "sentence",
+    },
+    kopt.tuner.optimizer: {"hp": "made by KerasTuner", "rules": "names", "schedules": "names"},
+    kopt.tuner.wrap: {
+        "build": "a function",
+        "seed": "count 0",
+        "explode": "positive",
+        "keep_weights": "all|best|none",
+        "horizon_epochs": "count 1?",
+    },
+    kopt.tuner.LearningRateSearch: {
+        "build": "a function",
+        "objective": "a metric",
+        "min_learning_rate": "positive?",
+        "max_learning_rate": "positive?",
+        "stages": "pairs?",
+        "confirm": "count 0",
+        "top": "count 1",
+        "batch_sizes": "counts?",
+        "range_test": "boolean",
+        "max_widen": "count 0",
+        "explode": "positive",
+        "keep_weights": "all|best|none",
+        "seed": "count 0",
+        "directory": "path?",
+        "project_name": "text",
+        "overwrite": "boolean",
+    },
+    kopt.tuner.SearchResult: {field.name: "made by a search" for field in fields(kopt.tuner.SearchResult)},
+}
 TRIED_ELSEWHERE = {  # the step makes `At`; others have a test file of their own
     kopt.At,
     kopt.Ensemble,
+    kopt.RangeTest,
     kopt.curvature,
+    kopt.find_learning_rate,
     kopt.load_optimizer,
     kopt.minimize,
     kopt.minimize_fn,
+    kopt.plot.range_test,
     kopt.plot.schedule,
+    kopt.plot.search,
     kopt.update_bn,
+    *(value for name, value in vars(kopt.tuner).items() if callable(value)),
 }
 PUBLIC = {
     f"{module.__name__}.{name}": value
-    for module in (kopt, kopt.callbacks, kopt.data, kopt.plot, kopt.schedules)
+    for module in (kopt, kopt.callbacks, kopt.data, kopt.plot, kopt.schedules, kopt.tuner)
     for name, value in vars(module).items()
     if callable(value) and not name.startswith("_") and value.__module__.startswith("kopt")
 }
@@ -783,6 +845,8 @@ NEEDED = {
     "name": {"doc": "a slot"},
     "c2": {"c1": 1e-37},
     "gamma": {"mode": "exp_range"},
+    "min_learning_rate": {"max_learning_rate": 3.4e38},
+    "max_learning_rate": {"min_learning_rate": 1.2e-38},
     "validation_data": {"validate": "both"},
 }
 INSTEAD = {  # two arguments of which only one is given

@@ -382,6 +382,12 @@ def compute_loss(model, x, y, predicted, sample_weight, training):
     return model._compute_loss(x, y, predicted, sample_weight, training=training)
 
 
+def exchange_optimizer(model, optimizer) -> None:
+    """Give a compiled model another optimizer; the step is compiled anew."""
+    vars(model)["optimizer"] = optimizer
+    model.train_function = None
+
+
 def has_metrics(model) -> bool:
     """Whether a model was compiled with metrics beside its loss."""
     given = model._compile_config.config if model.compiled else {}

@@ -7,6 +7,7 @@ import numpy as np
 from keras.src.trainers.data_adapters import array_slicing, get_data_adapter
 from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+from keras.src.trainers.data_adapters.generator_data_adapter import GeneratorDataAdapter
 
 from kopt._keras import frames
 
@@ -85,6 +86,10 @@ def each_pass(passes, strategy):
             return iter(strategy.experimental_distribute_dataset(dataset) if strategy else dataset)
 
     return EachPass()
+
+
+def is_generator(adapter) -> bool:
+    return isinstance(adapter, GeneratorDataAdapter)
 
 
 def are_arrays(adapter) -> bool:

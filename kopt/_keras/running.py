@@ -66,6 +66,11 @@ class Fit:
         return getattr(self.epoch_iterator, "num_batches", None)
 
     @property
+    def is_generator(self) -> bool:
+        """Whether the data can be read only once."""
+        return passes.is_generator(getattr(self.epoch_iterator, "data_adapter", None))
+
+    @property
     def arrays(self) -> tuple[int, int, bool] | None:
         """Of arrays: how many rows there are, how many in a batch, and whether they are shuffled."""
         adapter = getattr(self.epoch_iterator, "data_adapter", None)

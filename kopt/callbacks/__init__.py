@@ -13,6 +13,7 @@ from kopt.callbacks.decays import PolynomialDecay as PolynomialDecay
 from kopt.callbacks.decays import Staircase as Staircase
 from kopt.callbacks.decays import StepDecay as StepDecay
 from kopt.callbacks.decays import WarmUp as WarmUp
+from kopt.callbacks.finder import LearningRateFinder as LearningRateFinder
 from kopt.callbacks.line_search import LineSearchMonitor as LineSearchMonitor
 from kopt.callbacks.monitor import RateMonitor as RateMonitor
 from kopt.callbacks.polyak import PolyakAveraging as PolyakAveraging

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 from kopt import callbacks, checks, schedules
+from kopt.plot.axes import axes
 
 
 def schedule(*shown, steps: int | None = None, steps_per_epoch: int | None = None, base: float = 1.0, ax=None):
@@ -29,13 +30,7 @@ def schedule(*shown, steps: int | None = None, steps_per_epoch: int | None = Non
         checks.refuse("shown", "one schedule or callback at least", shown)
     steps = checks.optional(checks.count(1))("steps", steps) or 1000
     curves = [curve for one in shown for curve in _curves(one, steps, steps_per_epoch, base)]
-    if ax is None:
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError:
-            raise ImportError("Pictures need matplotlib: `pip install kopt[plot]`") from None
-
-        _, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    ax = axes(ax)
     for label, values in curves:
         ax.plot(values, label=label, drawstyle="steps-post" if len(np.unique(values)) < 30 else "default")
     ax.set_xlabel("step")

@@ -1,0 +1,164 @@
+"""The learning-rate range test as a callback: rates that rise from step to step, the loss after each, and no trace."""
+
+import math
+import warnings
+
+import keras
+import numpy as np
+
+from kopt import _keras, backends, checks, weights
+from kopt._keras import running, stepping
+from kopt.callbacks import training
+from kopt.callbacks.install import settle
+from kopt.callbacks.schedule import Driving
+from kopt.range_test import RangeTest
+from kopt.schedules.base import Schedule
+from kopt.schedules.time import arithmetic, at_most
+
+
+class Sweep(Schedule):
+    """Each step the same factor more, from the one rate to the other."""
+
+    def __init__(self, minimum, maximum, steps):
+        self.minimum, self.maximum, self.steps = minimum, maximum, steps
+        self.initial = minimum
+
+    def formula(self, time):
+        step = at_most(time.units(unit_steps=1), self.steps - 1.0)
+        per_step = math.log(self.maximum / self.minimum) / max(self.steps - 1, 1)
+        return arithmetic(step).exp(step * per_step)
+
+
+class LearningRateFinder(Driving):
+    """Try learning rates that rise at every step, and keep the loss after each; the training itself leaves no trace.
+
+    `fit` ends when all rates were tried or the loss has exploded. Then the model, its optimizer and metrics and all
+    random states are, to the bit, what they were when training began, and `record` is a `kopt.RangeTest`.
+    `kopt.find_learning_rate` does the same in one call, also where the data end sooner; there, too, is what the
+    arguments mean.
+
+    The callback reads the loss of every batch, so that each is waited for, and resets the metrics before each: what
+    Keras logs is the mean over the epoch so far. It is for a `fit` of its own, without other callbacks that drive the
+    rate. After a `fit` that was broken off, call `restore()`.
+
+    Args:
+        min_learning_rate: The first rate.
+        max_learning_rate: The last rate.
+        steps: How many rates to try.
+        beta: How much the past weighs in the smoothed loss.
+        explode: The loss counts as exploded, smoothed, when it has risen by so many times what it was at first.
+        verbose: 0 says nothing, 1 shows a bar and the result. `fit(verbose=0)` does not matter.
+        name: What the callback is called in messages.
+
+    Example:
+        >>> import keras, kopt, numpy as np
+        >>> keras.utils.set_random_seed(0)
+        >>> x = np.random.normal(size=(1024, 4))
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        >>> model.compile("sgd", loss="mse")
+        >>> finder = kopt.callbacks.LearningRateFinder(verbose=0)
+        >>> history = model.fit(x, x.sum(1), batch_size=16, epochs=2, verbose=0, callbacks=[finder])
+        >>> finder.record.stopped, 0.001 < finder.record.suggestion < 0.3
+        ('diverged', True)
+    """
+
+    left_behind = (*Driving.left_behind, "_kept", "_bar", "_fit")
+    _kept = _bar = _fit = None  # what was there before; the progress bar; the running `fit`
+
+    def __init__(
+        self,
+        min_learning_rate: float = 1e-7,
+        max_learning_rate: float = 10.0,
+        steps: int = 100,
+        *,
+        beta: float = 0.9,
+        explode: float = 3.0,
+        verbose: int = 1,
+        name: str | None = None,
+    ):
+        super().__init__(name)
+        self.min_learning_rate = checks.positive("min_learning_rate", min_learning_rate)
+        self.max_learning_rate = checks.positive("max_learning_rate", max_learning_rate)
+        if self.max_learning_rate <= self.min_learning_rate:
+            allowed = f"greater than `min_learning_rate` ({self.min_learning_rate!r})"
+            checks.refuse("max_learning_rate", allowed, max_learning_rate)
+        self.steps = checks.count(3)("steps", steps)
+        self.beta, self.explode = checks.fraction("beta", beta), checks.positive("explode", explode)
+        self.verbose = checks.count(0)("verbose", verbose)
+        self.record: RangeTest | None = None
+        self._sweep = Sweep(self.min_learning_rate, self.max_learning_rate, self.steps)
+
+    def driven(self, optimizer):
+        return {"learning_rate": self._sweep}
+
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        self._fit = running.Fit(self)
+        self._fit.build()
+        settle(self.model)
+        self._fit.wait_for_batches()
+        self._keep()
+        optimizer = stepping.updating(self.model.optimizer)[0]
+        self._window = optimizer.gradient_accumulation_steps or 1  # batches of an update
+        self._tried = self._sweep.preview(self.steps)
+        self.record, self._losses, self._stopped = None, [], None
+        shown = ["learning_rate", "loss"]
+        self._bar = keras.utils.Progbar(self.steps, stateful_metrics=shown) if self.verbose else None
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.model.reset_metrics()
+        self._first = batch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if "loss" not in (logs or {}):
+            checks.refuse("loss", "in what the training step of the model logs", sorted(logs or {}))
+        loss, count = float(logs["loss"]), batch - self._first + 1  # several with `steps_per_execution`
+        self._losses += [loss] * count
+        record = self._so_far()
+        done = len(record.losses)
+        if self._bar and done:
+            self._bar.update(done, [("learning_rate", record.learning_rates[-1]), ("loss", loss)])
+        if not np.isfinite(loss) or record.has_exploded(self.explode):
+            self._stopped = "diverged"
+        elif done == self.steps:
+            self._stopped = "end"
+        if self._stopped:
+            self.model.stop_training = True
+
+    def _so_far(self) -> RangeTest:
+        """The record of the rates that were tried: to each belongs the mean loss of the batches of the next update."""
+        window, initial = self._window, self._losses[0] if self._losses else math.nan
+        after = [self._losses[i : i + window] for i in range(window, len(self._losses), window)][: self.steps]
+        rates, losses = self._tried[: len(after)], [np.mean(part) for part in after]
+        return RangeTest(rates, losses, initial, self._stopped or "data", self.beta)
+
+    def on_train_end(self, logs=None):
+        super().on_train_end(logs)
+        self.record = self._so_far()
+        done = len(self.record.losses)
+        is_lent = self._fit.is_generator
+        self.restore()
+        if self._bar:
+            print("\n" * (done < self.steps) + str(self.record))
+        if is_lent:
+            lent = f"{self.name} has taken {len(self._losses)} batches out of the generator, which are gone."
+            warnings.warn(lent, stacklevel=2)
+        if not self._stopped:
+            short = f"{self.name} had tried {done} of {self.steps} rates when `fit` or its data ended."
+            warnings.warn(short, stacklevel=2)
+
+    def _keep(self) -> None:
+        """Remember what the training is going to change."""
+        model = self.model
+        kept = [*_keras.variables_of(model), *model.metrics_variables]
+        kept += [variable for one in _keras.optimizers_of(model) for variable in one.variables]
+        self._kept = kept, [backends.copied(variable) for variable in kept], training.random_state()
+
+    def restore(self) -> None:
+        """Put everything back as it was when the last `fit` with this callback began."""
+        if self._kept is None:
+            return
+        (variables, values, random), self._kept, self._fit = self._kept, None, None
+        _keras.fetch_state(self._model)
+        weights.assign(variables, values)
+        training.set_random_state(random)

@@ -1,0 +1,78 @@
+"""The only file that reaches into KerasTuner: files that survive a kill, and what its public methods leave out."""
+
+import json
+import os
+
+import keras_tuner
+from keras_tuner.src import backend, utils
+
+ENDED = "COMPLETED", "FAILED"
+
+
+def write_json(path: str, tree) -> None:
+    """Write a file so that there is always a whole one: KerasTuner writes in place, and a kill would tear it."""
+    if "://" in path:  # a store in a network, which has whole files only
+        utils.save_json(path, tree)
+        return
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(tree, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Oracle(keras_tuner.Oracle):
+    """An oracle whose files are whole at any moment, and which goes on from whatever is there."""
+
+    def save(self):
+        write_json(self._get_oracle_fname(), self.get_state())
+
+    def _save_trial(self, trial):
+        write_json(os.path.join(self._get_trial_dir(trial.trial_id), "trial.json"), trial.get_state())
+
+    def reload(self):
+        super().reload()
+        waiting = [one for one in self.trials if self.trials[one].status not in ENDED]
+        self._retry_queue = sorted(waiting, reverse=True)  # taken from its end
+        self.start_order = sorted(self.trials)
+        self.end_order += [one for one in sorted(self.trials) if one not in waiting and one not in self.end_order]
+
+
+class Tuner(keras_tuner.Tuner):
+    """A tuner like that; it can go on where several workers have begun, and the other way round."""
+
+    def __init__(self, oracle, hypermodel, directory, project_name, overwrite):
+        overwrite = overwrite and not is_worker()
+        folder = os.path.join(directory or ".", project_name)
+        own = os.path.join(folder, f"{os.environ.get('KERASTUNER_TUNER_ID', 'tuner0')}.json")
+        if os.path.exists(os.path.join(folder, "oracle.json")) and not os.path.exists(own) and not overwrite:
+            write_json(own, {})
+        super().__init__(oracle, hypermodel, directory=directory, project_name=project_name, overwrite=overwrite)
+
+    def save(self):
+        if not is_worker():
+            self.oracle.save()
+        write_json(self._get_tuner_fname(), self.get_state())
+
+
+def is_worker() -> bool:
+    """Whether this process trains for a chief in another one."""
+    return "KERASTUNER_ORACLE_IP" in os.environ and not is_chief()
+
+
+def is_chief() -> bool:
+    """Whether this process hands out trials, and trains none."""
+    return "KERASTUNER_ORACLE_IP" in os.environ and "chief" in os.environ.get("KERASTUNER_TUNER_ID", "")
+
+
+def made_with(oracle):
+    """The oracle that a worker was made with, which only asks the chief's."""
+    return getattr(oracle, "_oracle", oracle)
+
+
+def trials_in(folder: str) -> dict:
+    """The trials whose files are in a project's folder, by id."""
+    files = backend.io.glob(os.path.join(folder, "trial_*", "trial.json"))
+    found = [keras_tuner.engine.trial.Trial.load(path) for path in sorted(files)]
+    return {trial.trial_id: trial for trial in found}

@@ -1,0 +1,276 @@
+"""What a search for a learning rate tries next: coarse to fine, ranges that widen, fresh seeds for the best.
+
+`course` is the whole search as a generator: it yields what is to be tried, is sent what came of it, and returns the
+answer. Given the same outcomes it goes the same way, so that a search is resumed by telling it again what is known.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+WIDEN = 100.0  # the factor by which a range of the first stage grows, or moves
+FLAT = 0.01  # of the untrained score, by which somebody must have moved
+GAP = 1.2  # between a rate that is stable and one that is not, when the cliff is found
+RETREATS = 3  # how often the confirmed rate is halved, where seeds diverge
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a search is asked for; scores are losses, to be low."""
+
+    low: float
+    high: float
+    stages: tuple[tuple[int, int], ...]  # of trials and epochs
+    confirm: int
+    batch_sizes: tuple = (None,)
+    top: int = 2
+    max_widen: int = 2
+    range_test: bool = True
+    seed: int = 0
+
+    def seed_of(self, number) -> int:
+        """The seed of a training: 0 is the one that all trials of the stages have in common."""
+        return int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0] >> 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One trial."""
+
+    kind: str  # "range test", "stage 1", "confirm", "cliff"
+    learning_rate: float
+    epochs: int
+    seed: int
+    batch_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of it."""
+
+    score: float
+    diverged: bool = False
+    failed: bool = False
+    untrained: float | None = None
+    suggestion: float | None = None  # of a range test, as is the next
+    diverged_at: float | None = None
+
+    @property
+    def is_good(self) -> bool:
+        return not (self.diverged or self.failed) and math.isfinite(self.score)
+
+
+@dataclasses.dataclass
+class Answer:
+    """What the search has found; None where there is nothing to say."""
+
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    interval: tuple[float, float] | None = None
+    stable_max: float | None = None
+    cliff: float | None = None
+    score: float | None = None
+    error: float | None = None
+
+
+class Arm:
+    """The search for one batch size: what was tried, and where the next stage looks."""
+
+    def __init__(self, batch_size, low, high):
+        self.batch_size, self.low, self.high = batch_size, low, high
+        self.tried: list[tuple[Item, Outcome]] = []
+
+    def results(self, kind) -> list[tuple[Item, Outcome]]:
+        return sorted((pair for pair in self.tried if pair[0].kind == kind), key=lambda pair: pair[0].learning_rate)
+
+    def best(self, kind) -> tuple[Item, Outcome] | None:
+        good = [pair for pair in self.results(kind) if pair[1].is_good]
+        return min(good, key=lambda pair: pair[1].score, default=None)
+
+    def edge(self, kind) -> tuple[str, str] | None:
+        """Where the range must grow, "up" or "down", and why; None if the best lies within."""
+        results = self.results(kind)
+        good, best = [pair for pair in results if pair[1].is_good], self.best(kind)
+        if best is None:
+            return ("down", "all have diverged") if any(outcome.diverged for _, outcome in results) else None
+        cliff = self.stable_and_cliff()[1]
+        bad_above = cliff is not None and cliff <= self.high
+        if all(_is_flat(outcome) for _, outcome in good) and not bad_above:
+            return "up", "none has moved the model"
+        if best is good[-1] and not bad_above:
+            return "up", "the best is the highest"
+        return ("down", "the best is the lowest") if best is good[0] else None
+
+    def stable_and_cliff(self) -> tuple[float | None, float | None]:
+        """The highest rate below all that diverged, and the lowest that did."""
+        cliff = min((item.learning_rate for item, outcome in self.tried if outcome.diverged), default=math.inf)
+        stable = [item.learning_rate for item, outcome in self.tried if outcome.is_good and item.kind != "range test"]
+        below = max((rate for rate in stable if rate < cliff), default=None)
+        return below, cliff if math.isfinite(cliff) else None
+
+    def narrow(self, kind) -> None:
+        """Look around the best: from two neighbours below it, as long runs like lower rates, to the one above."""
+        rates = [item.learning_rate for item, _ in self.results(kind)]
+        best = self.best(kind)[0].learning_rate
+        place, step = rates.index(best), math.sqrt(10)
+        self.low = rates[max(place - 2, 0)] if place else best / step
+        self.high = rates[place + 1] if place + 1 < len(rates) else best * step
+
+
+def _is_flat(outcome) -> bool:
+    known = outcome.untrained is not None and math.isfinite(outcome.untrained)
+    return known and abs(outcome.score - outcome.untrained) <= FLAT * abs(outcome.untrained)
+
+
+def spread(low, high, count, key) -> list[float]:
+    """So many rates between two, each somewhere in the middle half of its share of the (logarithmic) range."""
+    places = (np.arange(count) + np.random.default_rng(key).uniform(0.25, 0.75, count)) / count
+    return [float(rate) for rate in np.exp(math.log(low) + places * math.log(high / low))]
+
+
+def course(settings: Settings, say=lambda line: None):
+    """The search: yields lists of `Item`, is sent lists of `Outcome`, returns an `Answer`."""
+    arms = [Arm(size, settings.low, settings.high) for size in settings.batch_sizes]
+    if settings.range_test:
+        yield from _range_test(settings, arms, say)
+    for number, (trials, epochs) in enumerate(settings.stages):
+        yield from _stage(settings, arms, number, trials, epochs, say)
+        kind = f"stage {number + 1}"
+        alive = [arm for arm in arms if arm.best(kind)]
+        if not alive:
+            say("Every learning rate has diverged or failed: the model, the loss or the data are at fault.")
+            return _bounds(arms[0], Answer())
+        arms = sorted(alive, key=lambda arm: arm.best(kind)[1].score)[: max(1, math.ceil(len(arms) / 2))]
+        if number + 1 < len(settings.stages):
+            for arm in arms:
+                arm.narrow(kind)
+    arm, kind = arms[0], f"stage {len(settings.stages)}"
+    yield from _cliff(settings, arm)
+    return (yield from _confirm(settings, arm, kind, say))
+
+
+def _try(arms_and_items):
+    """Have items tried, and note for each arm what came of its own."""
+    outcomes = yield [item for _, item in arms_and_items]
+    for (arm, item), outcome in zip(arms_and_items, outcomes, strict=True):
+        arm.tried.append((item, outcome))
+    return outcomes
+
+
+def _range_test(settings, arms, say):
+    items = [Item("range test", arm.low, 0, settings.seed_of(0), arm.batch_size) for arm in arms]
+    outcomes = yield from _try(list(zip(arms, items, strict=True)))
+    for arm, found in zip(arms, outcomes, strict=True):
+        if found.diverged_at is not None and arm.low < found.diverged_at < arm.high:
+            arm.high = found.diverged_at
+        if found.suggestion is not None:
+            arm.low = max(arm.low, min(found.suggestion / WIDEN, arm.high / WIDEN))
+        size = f" (batch size {arm.batch_size})" if arm.batch_size else ""
+        say(f"The range test leaves {arm.low:.2g} to {arm.high:.2g}{size}.")
+
+
+def _stage(settings, arms, number, trials, epochs, say):
+    """The trials of one stage for all arms, and more where the best lies at an edge."""
+    kind, seed = f"stage {number + 1}", settings.seed_of(0)
+
+    def items(arm, low, high, count, again):
+        key = [settings.seed, number, arms.index(arm), again]
+        rates = spread(low, high, count, key)
+        return [(arm, Item(kind, rate, epochs, seed, arm.batch_size)) for rate in rates]
+
+    wanted = [pair for arm in arms for pair in items(arm, arm.low, arm.high, trials, 0)]
+    for again in range(1, settings.max_widen + 2):
+        yield from _try(wanted)
+        wanted = []
+        for arm in arms:
+            found = arm.edge(kind)
+            if found is None:
+                continue
+            way, why = found
+            if again > settings.max_widen:
+                say(f"{why.capitalize()} of the rates from {arm.low:.2g} to {arm.high:.2g}, which has widened enough.")
+                continue
+            factor = WIDEN if number == 0 else max(arm.high / arm.low, 2.0)
+            old, low, high = (arm.low, arm.high), arm.low, arm.high
+            if way == "up":
+                low, arm.high = arm.high, arm.high * factor
+            else:
+                high, arm.low = arm.low, arm.low / factor
+            say(f"{why.capitalize()} of {old[0]:.2g} to {old[1]:.2g}: on to {arm.low:.2g} to {arm.high:.2g}.")
+            wanted += items(arm, arm.low if way == "down" else low, arm.high if way == "up" else high,
+                            max(2, math.ceil(trials / 2)), again)  # fmt: skip
+        if not wanted:
+            return
+
+
+def _cliff(settings, arm):
+    """Halve the gap between the highest rate that is stable and the lowest that is not."""
+    stable, cliff = arm.stable_and_cliff()
+    while stable and cliff and cliff / stable > GAP:
+        item = Item("cliff", math.sqrt(stable * cliff), settings.stages[0][1], settings.seed_of(0), arm.batch_size)
+        (outcome,) = yield from _try([(arm, item)])
+        if outcome.failed:
+            return
+        stable, cliff = arm.stable_and_cliff()
+
+
+def _confirm(settings, arm, kind, say):
+    """Train the best rates with fresh seeds, and choose the lowest that is within a standard error of the best."""
+    epochs, rates = settings.stages[-1][1], _candidates(settings, arm, kind)
+    if not settings.confirm:
+        item, outcome = arm.best(kind)
+        answer = Answer(item.learning_rate, arm.batch_size, score=outcome.score)
+        answer.interval = _interval(arm, kind, answer)
+        return _bounds(arm, answer)
+    for _ in range(RETREATS + 1):
+        seeds = [settings.seed_of(number + 1) for number in range(settings.confirm)]
+        items = [Item("confirm", rate, epochs, seed, arm.batch_size) for rate in rates for seed in seeds]
+        yield from _try([(arm, item) for item in items])
+        judged = [found for found in (_judged(arm, rate) for rate in rates) if found]
+        if judged:
+            break
+        say(f"With fresh seeds {' and '.join(f'{rate:.2g}' for rate in rates)} diverged: half of the lowest is next.")
+        rates = [min(rates) / 2]
+    else:
+        say("No rate could be confirmed: all diverge with some seed.")
+        return _bounds(arm, Answer(batch_size=arm.batch_size))
+    best = min(judged, key=lambda found: found[1])
+    rate, score, error = min(found for found in judged if found[1] <= best[1] + best[2])
+    answer = Answer(rate, arm.batch_size, score=score, error=error)
+    answer.interval = _interval(arm, kind, answer, [found[0] for found in judged if found[1] <= best[1] + best[2]])
+    return _bounds(arm, answer)
+
+
+def _candidates(settings, arm, kind) -> list[float]:
+    """The best rates of the last stage, and half of the cliff where the best is nearer to it."""
+    good = sorted((outcome.score, item.learning_rate) for item, outcome in arm.results(kind) if outcome.is_good)
+    rates = [rate for _, rate in good[: settings.top]]
+    _, cliff = arm.stable_and_cliff()
+    if cliff and rates[0] > cliff / 2 and not any(rate <= cliff / 2 for rate in rates):
+        rates = [*rates[: max(1, settings.top - 1)], cliff / 2]
+    return rates
+
+
+def _judged(arm, rate) -> tuple[float, float, float] | None:
+    """The rate, its mean score over the fresh seeds and the standard error; None if one of them diverged."""
+    outcomes = [outcome for item, outcome in arm.tried if item.kind == "confirm" and item.learning_rate == rate]
+    if not all(outcome.is_good for outcome in outcomes):
+        return None
+    scores = [outcome.score for outcome in outcomes]
+    error = float(np.std(scores, ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else 0.0
+    return rate, float(np.mean(scores)), error
+
+
+def _interval(arm, kind, answer, confirmed=()) -> tuple[float, float]:
+    """The rates that are as good, as far as is known: of the last stage within a standard error of its best."""
+    _, best = arm.best(kind)
+    allowed = best.score + (answer.error or 0.0)
+    rates = [answer.learning_rate, *confirmed]
+    rates += [item.learning_rate for item, outcome in arm.results(kind) if outcome.is_good and outcome.score <= allowed]
+    return min(rates), max(rates)
+
+
+def _bounds(arm, answer) -> Answer:
+    answer.stable_max, answer.cliff = arm.stable_and_cliff()
+    return answer

@@ -1,0 +1,347 @@
+"""`LearningRateSearch`: a learning rate from coarse to fine, confirmed with fresh seeds, with its evidence."""
+
+import copy
+import functools
+import gc
+import inspect
+import json
+import math
+import os
+import time
+import warnings
+
+import keras
+import keras_tuner
+import numpy as np
+
+from kopt import checks, finder, weights
+from kopt.range_test import RangeTest
+from kopt.tuner import engine, oracle, plan, trial
+from kopt.tuner.result import SearchResult
+from kopt.tuner.wrap import KEPT, Wrapped, keep_best
+
+RANGE = 1e-6, 10.0  # where nobody says another
+SHORT, MIDDLE = 10, 3  # the first stages have so many times fewer epochs than the last
+RECORD = "range_test.json"
+FIT = "batch_size", "sample_weight", "class_weight", "shuffle", "steps_per_epoch"  # what a range test is told, too
+
+
+class LearningRateSearch(engine.Tuner):
+    """Search the learning rate of a model on a log scale: coarse first, then fine, then with fresh seeds.
+
+    1. A range test (`kopt.find_learning_rate`) looks at the whole range at once.
+    2. Each stage trains with rates spread over its range, all from the same seed, for a budget of epochs. A training is
+       ended when its loss explodes. Where the best rate lies at an edge, all diverge or none moves the model, the range
+       widens and the stage goes on. The next stage looks around the best.
+    3. The lowest rate that diverges is narrowed down, which costs a few of the shortest trials.
+    4. The best rates are trained with fresh seeds; a rate that diverges with one of them is out. The answer is the
+       lowest whose mean is within a standard error of the best.
+
+    It is a `keras_tuner.Tuner`: `directory` and `project_name` say where its trials are, and a search that was killed
+    goes on there when the program is started again. It runs over several processes and machines with KerasTuner's chief
+    and workers (`python -m kopt.tuner.launch`). What the model decides besides the rate keeps its default.
+
+    Args:
+        build: A function of `hp` that returns a compiled model and asks for `kopt.tuner.learning_rate(hp)`, or for an
+            `hp.Float` called "learning_rate", whose range it is then; a function of `learning_rate`; or a compiled
+            model, which is copied for each trial, weights and all.
+        objective: A metric of the logs, or a `keras_tuner.Objective`.
+        min_learning_rate: The lowest rate, at first; by default what `build` says, or 1e-6.
+        max_learning_rate: The highest rate, at first; by default what `build` says, or 10.
+        stages: The number of trials and their epochs for each stage; by default 9 with a tenth of the epochs of
+            `search`, 5 with a third and 3 with all.
+        confirm: With how many fresh seeds the best are trained; 0 trusts the last stage.
+        top: How many rates are confirmed.
+        batch_sizes: Several batch sizes to search at the same time; each stage leaves half of them.
+        range_test: Whether to begin with a range test.
+        max_widen: How often a stage may widen its range.
+        explode: How many times the untrained loss is too much.
+        keep_weights: "none", "best" (of the best trial), or "all": the weights at the end of trials.
+        seed: What all seeds and rates follow from.
+        directory: Where to keep the trials; the working directory, if nothing is said.
+        project_name: The folder in it.
+        overwrite: Whether to begin anew where there is a search already.
+
+    Example:
+        >>> import keras, kopt.tuner, numpy as np, tempfile
+        >>> def build(learning_rate):
+        ...     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        ...     model.compile(keras.optimizers.SGD(learning_rate), loss="mse")
+        ...     return model
+        >>> search = kopt.tuner.LearningRateSearch(
+        ...     build, "val_loss", stages=[(4, 1), (2, 2)], confirm=2, directory=tempfile.mkdtemp())
+        >>> x = np.random.default_rng(0).normal(size=(64, 2))
+        >>> search.search(x, x.sum(1), validation_data=(x, x.sum(1)), epochs=2, batch_size=8, verbose=0)
+        >>> 0.01 < search.best_learning_rate < search.cliff
+        True
+    """
+
+    def __init__(
+        self,
+        build,
+        objective="val_loss",
+        *,
+        min_learning_rate: float | None = None,
+        max_learning_rate: float | None = None,
+        stages=None,
+        confirm: int = 3,
+        top: int = 2,
+        batch_sizes=None,
+        range_test: bool = True,
+        max_widen: int = 2,
+        explode: float = 3.0,
+        keep_weights: str = "none",
+        seed: int = 0,
+        directory: str | None = None,
+        project_name: str = "learning_rate_search",
+        overwrite: bool = False,
+    ):
+        self.stages = checks.optional(_stages)("stages", stages)
+        self.confirm, self.top = checks.count(0)("confirm", confirm), checks.count(1)("top", top)
+        sizes = checks.several(checks.count(1), "a list of integers of 1 or more")
+        self.batch_sizes = checks.optional(sizes)("batch_sizes", batch_sizes)
+        self.range_test = checks.boolean("range_test", range_test)
+        self.max_widen = checks.count(0)("max_widen", max_widen)
+        self.keep_weights = checks.one_of(*KEPT)("keep_weights", keep_weights)
+        self.seed, self.fit_verbose = checks.count(0)("seed", seed), 0
+        hypermodel = Wrapped(_building(build), seed, explode, "none", None)
+        super().__init__(
+            oracle.CoarseToFine(objective, 2**31), hypermodel, directory=directory,
+            project_name=checks.text("project_name", project_name), overwrite=checks.boolean("overwrite", overwrite),
+        )  # fmt: skip
+        self.low, self.high = self._range(min_learning_rate, max_learning_rate)
+        self.settings: plan.Settings | None = None
+        self._was_idle = False
+
+    def _range(self, low, high) -> tuple[float, float]:
+        space = {hp.name: hp for hp in engine.made_with(self.oracle).get_space().space}
+        asked = space.get(oracle.RATE)
+        if not isinstance(asked, keras_tuner.engine.hyperparameters.Float):
+            allowed = 'a function that asks for kopt.tuner.learning_rate(hp), or hp.Float("learning_rate", ...)'
+            checks.refuse("build", allowed, list(space))
+        low = checks.positive("min_learning_rate", asked.min_value if low is None else low)
+        high = checks.positive("max_learning_rate", asked.max_value if high is None else high)
+        if high <= low:
+            checks.refuse("max_learning_rate", f"greater than `min_learning_rate` ({low!r})", high)
+        return low, high
+
+    def search(self, *fit_args, epochs: int | None = None, verbose=1, **fit_kwargs):
+        """Run the search, or go on with it.
+
+        Args:
+            *fit_args: As for `fit`: the data.
+            epochs: How long a training is in the end.
+            verbose: 0 says nothing, 1 a line for each trial, 2 what `fit` says, too.
+            **fit_kwargs: As for `fit`: `validation_data`, `batch_size`, `callbacks`, ...
+        """
+        if epochs is None and self.stages is None:
+            checks.refuse("epochs", "given: how long a training is in the end", None)
+        longest = checks.optional(checks.count(1))("epochs", epochs) or self.stages[-1][1]
+        for name in ("initial_epoch", *(["batch_size"] if self.batch_sizes else [])):
+            if name in fit_kwargs:
+                checks.refuse(name, "left out" + " beside `batch_sizes`" * (name == "batch_size"), fit_kwargs[name])
+        given = inspect.signature(keras.Model.fit).bind_partial(None, *fit_args).arguments | fit_kwargs
+        if hasattr(given.get("x"), "__next__"):
+            checks.refuse("x", "data that can be read again, for every trial: no generator", given["x"])
+        stages = self.stages or _default_stages(longest)
+        has_range_test = self.range_test and given.get("x") is not None
+        self.settings = plan.Settings(
+            self.low, self.high, stages, self.confirm, tuple(self.batch_sizes or (None,)), self.top, self.max_widen,
+            has_range_test, self.seed,
+        )  # fmt: skip
+        shown = 1 if verbose == "auto" else checks.count(0)("verbose", verbose)
+        self.fit_verbose = "auto" if shown > 1 else 0
+        if not engine.is_worker():
+            self.oracle.begin(self.settings, _print if shown else lambda line: None)
+        if not engine.is_chief():
+            self._check_rate_counts()
+        try:
+            super().search(*fit_args, **fit_kwargs)
+        except keras_tuner.errors.FatalError as error:
+            raise error.__cause__ or error from None
+        if shown and not engine.is_worker():
+            print("\n".join(["", *self.result.verdict()]))
+        if self.result.is_complete and self.result.learning_rate is None:
+            warnings.warn(" ".join([*self.result.notes[-1:], *self.result.verdict()]), stacklevel=2)
+
+    def _check_rate_counts(self) -> None:
+        """Refuse a model whose optimizer is the same whatever the rate."""
+        found = []
+        for rate in (self.low, self.high):
+            hp = engine.made_with(self.oracle).get_space()
+            hp.values[oracle.RATE] = rate
+            try:
+                found.append(keras.optimizers.serialize(self.hypermodel.build(hp).optimizer))
+            except (TypeError, ValueError):  # no config tells
+                return
+        if json.dumps(found[0], default=repr) == json.dumps(found[1], default=repr):
+            allowed = "a function whose optimizer has the learning rate that it asks for"
+            checks.refuse("build", allowed, found[0])
+
+    def pre_create_trial(self):
+        if self._was_idle:
+            time.sleep(0.2)  # KerasTuner asks again at once
+        self._was_idle = True
+
+    def on_trial_begin(self, trial):
+        self._was_idle = False
+        super().on_trial_begin(trial)
+
+    def run_trial(self, one, *args, **kwargs):
+        hp, values = one.hyperparameters, one.hyperparameters.values
+        keras.utils.clear_session()
+        gc.collect()
+        model = self.hypermodel.build(hp)
+        kwargs = kwargs | ({oracle.SIZE: values[oracle.SIZE]} if oracle.SIZE in values else {})
+        if values[oracle.KIND] == "range test":
+            return self._run_range_test(one, model, args, kwargs)
+        kwargs |= {"callbacks": copy.deepcopy(kwargs.get("callbacks") or []), "verbose": self.fit_verbose}
+        objective = self.oracle.objective
+        done = self.hypermodel.train(hp, model, objective, args, kwargs | {"epochs": values[oracle.EPOCHS]})
+        found = trial.objective_values(done.results, objective)
+        score = done.penalty if done.diverged else float(np.mean(found[-max(1, len(found) // 10) :]))
+        if self.keep_weights != "none":
+            model.save_weights(self._weights_of(one))
+        if self.keep_weights == "best":
+            keep_best(self, one, score, os.path.basename(self._weights_of(one)))
+        return self._told(done.untrained, score, kopt_diverged=float(done.diverged))
+
+    def _run_range_test(self, one, model, args, kwargs):
+        objective, explode = self.oracle.objective, self.hypermodel.explode
+        known = trial.untrained(model, *args, **kwargs)
+        given = inspect.signature(keras.Model.fit).bind_partial(None, *args, **kwargs).arguments
+        given = {name: given[name] for name in ("x", "y", *FIT) if given.get(name) is not None}
+        limits = {"min_learning_rate": self.settings.low, "max_learning_rate": self.settings.high}
+        try:
+            record = finder.find_learning_rate(model, **given, **limits, verbose=0)
+        except Exception as error:
+            raise trial.raised(error, "The range test") from error
+        engine.write_json(os.path.join(self.get_trial_dir(one.trial_id), RECORD), record.to_dict())
+        penalty = trial.penalty_of(objective, known, known.get("val_loss", known.get("loss")), explode)
+        found = {"kopt_suggestion": record.suggestion, "kopt_diverged_at": record.diverged_at}
+        return self._told(known, penalty, kopt_diverged=0.0, **{n: v for n, v in found.items() if v is not None})
+
+    def _told(self, known, score, **others) -> dict:
+        name = self.oracle.objective.name
+        return {name: score, **others} | ({"kopt_untrained": known[name]} if name in known else {})
+
+    def _weights_of(self, one) -> str:
+        return os.path.join(self.get_trial_dir(one.trial_id), "checkpoint.weights.h5")
+
+    @property
+    def result(self) -> SearchResult:
+        """What was found so far, read from the files of the trials, in whatever process."""
+        if self.settings is None:
+            raise RuntimeError("There is no result before `search`, which also goes on with a search that has ended")
+        trials, objective = engine.trials_in(self.project_dir), self.oracle.objective
+        here = oracle.progress(self.settings, trials.values(), objective)
+        answer, sign = here.answer or plan.Answer(), -1 if objective.direction == "max" else 1
+        score = None if answer.score is None else sign * answer.score
+        rows = [self._row(here.trials[place], objective) for place in sorted(here.trials)]
+        paths = [os.path.join(self.project_dir, f"trial_{one}", RECORD) for one in trials]
+        records = []
+        for path in filter(os.path.exists, paths):
+            with open(path, encoding="utf-8") as file:
+                records.append(RangeTest.from_dict(json.load(file)))
+        return SearchResult(
+            objective.name, objective.direction, answer.learning_rate, answer.batch_size, answer.interval,
+            answer.stable_max, answer.cliff, score, answer.error, rows, here.notes, records, here.answer is not None,
+        )  # fmt: skip
+
+    @staticmethod
+    def _row(one, objective) -> dict:
+        values, is_scored = one.hyperparameters.values, one.status == "COMPLETED"
+        return {
+            "kind": values[oracle.KIND],
+            "learning_rate": values[oracle.RATE],
+            "batch_size": values.get(oracle.SIZE),
+            "epochs": values[oracle.EPOCHS],
+            "seed": values[oracle.SEED],
+            "score": float(one.score) if is_scored else None,
+            "diverged": is_scored and oracle.outcome_of(one, objective).diverged,
+            "status": one.status,
+        }
+
+    @property
+    def best_learning_rate(self) -> float | None:
+        """The rate to train with."""
+        return self.result.learning_rate
+
+    @property
+    def best_batch_size(self) -> int | None:
+        """The batch size to train with, if several were tried."""
+        return self.result.batch_size
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The rates that are as good, as far as is known."""
+        return self.result.interval
+
+    @property
+    def stable_max(self) -> float | None:
+        """The highest rate below all that diverged."""
+        return self.result.stable_max
+
+    @property
+    def cliff(self) -> float | None:
+        """The lowest rate that diverged."""
+        return self.result.cliff
+
+    def report(self, path=None) -> str:
+        """The result in Markdown, written to a file if `path` says where."""
+        return self.result.report(path)
+
+    def get_best_hyperparameters(self, num_trials=1):
+        """The hyperparameters with the rate that was found; of more than one trial, those with the best scores."""
+        if num_trials != 1 or self.best_learning_rate is None:
+            return super().get_best_hyperparameters(num_trials)
+        hp = engine.made_with(self.oracle).get_space()
+        hp.values[oracle.RATE] = self.best_learning_rate
+        return [hp]
+
+    def build_best(self) -> keras.Model:
+        """A fresh model with the rate that was found."""
+        if self.best_learning_rate is None:
+            raise RuntimeError(" ".join(["There is no best model.", *self.result.notes[-1:]]))
+        return self.hypermodel.build(self.get_best_hyperparameters()[0])
+
+
+def _print(line) -> None:
+    print(f"LearningRateSearch: {line}", flush=True)
+
+
+def _stages(name, value) -> tuple:
+    allowed = "a list of pairs: the number of trials and their epochs, integers of 1 or more"
+    pairs = checks.several(lambda name, pair: tuple(map(int, pair)) if len(pair) == 2 else 1 / 0, allowed)
+    try:
+        found = pairs(name, value)
+    except (TypeError, ZeroDivisionError):
+        return checks.refuse(name, allowed, value)
+    if any(number < 1 or number != given for pair, old in zip(found, value, strict=True)
+           for number, given in zip(pair, old, strict=True)):  # fmt: skip
+        checks.refuse(name, allowed, value)
+    return tuple(found)
+
+
+def _default_stages(epochs) -> tuple:
+    return (9, max(1, round(epochs / SHORT))), (5, max(1, round(epochs / MIDDLE))), (3, epochs)
+
+
+def _building(build):
+    """`build` as KerasTuner wants it: of a model, or a function of the rate, one of `hp`."""
+    if isinstance(build, keras.Model):
+        if not build.compiled or not hasattr(build.optimizer, "learning_rate"):
+            checks.refuse("build", "a model that is compiled with an optimizer", build)
+        of_rate = functools.partial(_copied, build)
+    elif inspect.isfunction(build) and list(inspect.signature(build).parameters) == [oracle.RATE]:
+        of_rate = build
+    else:
+        return build
+    default = math.sqrt(math.prod(RANGE))
+    return lambda hp: of_rate(hp.Float(oracle.RATE, *RANGE, sampling="log", default=default))
+
+
+def _copied(model, rate):
+    twin = weights.copy_of(model)
+    twin.optimizer.learning_rate = rate
+    return twin
