@@ -1,4 +1,4 @@
-"""The only file that reaches into KerasTuner: files that survive a kill, and what its public methods leave out."""
+"""KerasTuner with files that survive a kill. This file and `mends.py` are all that reaches into it."""
 
 import json
 import os

@@ -11,6 +11,7 @@ import numpy as np
 
 WIDEN = 100.0  # the factor by which a range of the first stage grows, or moves
 FLAT = 0.01  # of the untrained score, by which somebody must have moved
+NEAR = 0.25  # decades within which rates count as neighbours
 GAP = 1.2  # between a rate that is stable and one that is not, when the cliff is found
 RETREATS = 3  # how often the confirmed rate is halved, where seeds diverge
 
@@ -227,7 +228,7 @@ def _confirm(settings, arm, kind, say):
         seeds = [settings.seed_of(number + 1) for number in range(settings.confirm)]
         items = [Item("confirm", rate, epochs, seed, arm.batch_size) for rate in rates for seed in seeds]
         yield from _try([(arm, item) for item in items])
-        judged = [found for found in (_judged(arm, rate) for rate in rates) if found]
+        judged = _judged(arm, rates)
         if judged:
             break
         say(f"With fresh seeds {' and '.join(f'{rate:.2g}' for rate in rates)} diverged: half of the lowest is next.")
@@ -235,38 +236,61 @@ def _confirm(settings, arm, kind, say):
     else:
         say("No rate could be confirmed: all diverge with some seed.")
         return _bounds(arm, Answer(batch_size=arm.batch_size))
-    best = min(judged, key=lambda found: found[1])
-    rate, score, error = min(found for found in judged if found[1] <= best[1] + best[2])
-    answer = Answer(rate, arm.batch_size, score=score, error=error)
-    answer.interval = _interval(arm, kind, answer, [found[0] for found in judged if found[1] <= best[1] + best[2]])
+    rate, others = _chosen(judged)
+    scores = judged[rate]
+    error = float(np.std(scores, ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else None
+    answer = Answer(rate, arm.batch_size, score=float(np.mean(scores)), error=error)
+    answer.interval = _interval(arm, kind, answer, others)
     return _bounds(arm, answer)
 
 
 def _candidates(settings, arm, kind) -> list[float]:
-    """The best rates of the last stage, and half of the cliff where the best is nearer to it."""
-    good = sorted((outcome.score, item.learning_rate) for item, outcome in arm.results(kind) if outcome.is_good)
-    rates = [rate for _, rate in good[: settings.top]]
-    _, cliff = arm.stable_and_cliff()
-    if cliff and rates[0] > cliff / 2 and not any(rate <= cliff / 2 for rate in rates):
-        rates = [*rates[: max(1, settings.top - 1)], cliff / 2]
-    return rates
+    """The rates of the last stage that are best among their neighbours, and the one that is best by itself.
+
+    A rate is seen with its neighbours, because a single training close to the cliff is a matter of luck.
+    """
+    results = [pair for pair in arm.results(kind) if not pair[1].failed]
+    logs = np.log10([item.learning_rate for item, _ in results])
+    scores = np.array([outcome.score for _, outcome in results])
+    weights = np.exp(-0.5 * np.square((logs[:, None] - logs) / NEAR))
+    around = weights @ scores / weights.sum(1)
+    good = [place for place, (_, outcome) in enumerate(results) if outcome.is_good]
+    ranked = sorted(good, key=lambda place: around[place])
+    chosen = dict.fromkeys([ranked[0], min(good, key=lambda place: scores[place]), *ranked])
+    return [results[place][0].learning_rate for place in chosen][: settings.top]
 
 
-def _judged(arm, rate) -> tuple[float, float, float] | None:
-    """The rate, its mean score over the fresh seeds and the standard error; None if one of them diverged."""
-    outcomes = [outcome for item, outcome in arm.tried if item.kind == "confirm" and item.learning_rate == rate]
-    if not all(outcome.is_good for outcome in outcomes):
-        return None
-    scores = [outcome.score for outcome in outcomes]
-    error = float(np.std(scores, ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else 0.0
-    return rate, float(np.mean(scores)), error
+def _judged(arm, rates) -> dict[float, list[float]]:
+    """For each rate its scores with the fresh seeds, if none has diverged."""
+    found = {}
+    for rate in rates:
+        outcomes = [outcome for item, outcome in arm.tried if item.kind == "confirm" and item.learning_rate == rate]
+        if all(outcome.is_good for outcome in outcomes):
+            found[rate] = [outcome.score for outcome in outcomes]
+    return found
 
 
-def _interval(arm, kind, answer, confirmed=()) -> tuple[float, float]:
+def _chosen(judged) -> tuple[float, list[float]]:
+    """The lowest rate that is not worse than the best by more than a standard error, and all of these.
+
+    The seeds are the same for all rates, so that what counts is the difference with each seed.
+    """
+    best = min(judged, key=lambda rate: np.mean(judged[rate]))
+
+    def is_as_good(rate):
+        worse = np.subtract(judged[rate], judged[best])
+        error = np.std(worse, ddof=1) / math.sqrt(len(worse)) if len(worse) > 1 else 0.0
+        return np.mean(worse) <= error
+
+    equal = sorted(filter(is_as_good, judged))
+    return equal[0], equal
+
+
+def _interval(arm, kind, answer, others=()) -> tuple[float, float]:
     """The rates that are as good, as far as is known: of the last stage within a standard error of its best."""
     _, best = arm.best(kind)
     allowed = best.score + (answer.error or 0.0)
-    rates = [answer.learning_rate, *confirmed]
+    rates = [answer.learning_rate, *others]
     rates += [item.learning_rate for item, outcome in arm.results(kind) if outcome.is_good and outcome.score <= allowed]
     return min(rates), max(rates)
 
