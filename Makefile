@@ -8,13 +8,14 @@ PYTEST := $(BIN)/python -m pytest -n $(or $(WORKERS),2)
 IN_FLOAT64 := $(addprefix tests/test_,rules.py problems.py quasi_newton.py) -m "not slow"
 # What other versions of Keras, TensorFlow and NumPy can break: private names, files, the step, and every example.
 ON_LOWEST := $(addprefix tests/test_,keras_internals.py rules.py step.py citizen.py saving.py loading.py backup.py \
-  callback_base.py polyak_fit.py ensemble.py data.py minimize.py quasi_newton_fit.py) kopt
-BENCHES := $(addprefix bench-,step $(if $(filter torch,$(KERAS_BACKEND)),,conditions) backup schedules averages ensembles minimize)
+  callback_base.py polyak_fit.py ensemble.py data.py minimize.py quasi_newton_fit.py \
+  finder.py tuner.py) kopt
+BENCHES := $(addprefix bench-,step $(if $(filter torch,$(KERAS_BACKEND)),,conditions) backup schedules averages ensembles minimize search)
 OUT ?= out/quickstart
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo test test-all test-tensorflow test-jax test-torch test-slow test-lowest soak compare-resume lint format bench
-.PHONY: averages snapshots second-order bench-step bench-minimize bench-conditions bench-backup bench-schedules bench-averages bench-ensembles clean
+.PHONY: help demo test test-all test-tensorflow test-jax test-torch test-slow test-lowest test-plain soak compare-resume lint format bench
+.PHONY: averages snapshots second-order learning-rates bench-search bench-step bench-minimize bench-conditions bench-backup bench-schedules bench-averages bench-ensembles clean
 .DEFAULT_GOAL := help
 
 help:  ## List what make can do
@@ -46,6 +47,11 @@ test-lowest:  ## Run, on the lowest versions that are allowed, what versions can
 	$(MAKE) .venv-lowest/.dev VENV=.venv-lowest CONSTRAINTS=.ci/constraints-lowest.txt
 	KERAS_BACKEND=tensorflow .venv-lowest/bin/python -m pytest -n $(or $(WORKERS),2) -m "not slow" $(ON_LOWEST)
 
+test-plain:  ## Run KerasTuner's four tuners where nothing but kopt was installed
+	$(MAKE) .venv-plain/bin/python VENV=.venv-plain
+	.venv-plain/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) .
+	.venv-plain/bin/python tests/four_tuners.py
+
 soak: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Kill a training KILLS times (500) at random moments, on KERAS_BACKEND; the store many times more
 	KOPT_SOAK=$(or $(KILLS),500) $(BIN)/python -m pytest -s tests/test_resume.py -k any_moment
 	KOPT_SOAK=$(or $(KILLS),500) $(BIN)/python -m pytest -s tests/test_store_crash.py -k killed_process
@@ -70,7 +76,10 @@ snapshots: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Snapshot 
 second-order: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## A physics-informed network by Adam, L-BFGS and self-scaled Broyden; 5 seeds, a picture, in out/lbfgs
 	$(BIN)/python recipes/lbfgs.py $(if $(SMOKE),--smoke,--check) --out out/lbfgs
 
-bench: $(BENCHES) second-order  ## All of the following and second-order, on KERAS_BACKEND; SMOKE=1 for a quick look
+learning-rates: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Search a learning rate from coarse to fine; a report and a picture, in out/lr_search
+	$(BIN)/python recipes/lr_search.py $(if $(SMOKE),--smoke,--check) --out out/lr_search
+
+bench: $(BENCHES) second-order learning-rates  ## All of the following, second-order and learning-rates, on KERAS_BACKEND; SMOKE=1 for a quick look
 
 bench-step: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time an optimizer's step beside Keras's
 	$(BIN)/python tests/bench/step.py --out out/bench-$(or $(KERAS_BACKEND),tensorflow).json $(if $(SMOKE),--smoke)
@@ -93,8 +102,11 @@ bench-ensembles: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Tim
 bench-minimize: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Evaluations that L-BFGS needs beside others; evaluations a second of minimize and fit
 	$(BIN)/python -m tests.bench.minimize $(if $(SMOKE),--smoke,--all)
 
+bench-search: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## What the learning rates are worth that kopt and KerasTuner's tuners choose in as many epochs
+	$(BIN)/python tests/bench/search.py --out out/bench-search.json $(if $(SMOKE),--smoke)
+
 clean:  ## Remove what make has made
-	rm -rf .venv .venv-lowest out build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-plain out build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -175,6 +175,25 @@ def test_style_transfer_refuses_before_it_begins(wrong, capsys):
     assert wrong[0] in capsys.readouterr().err
 
 
+def test_lr_search(tmp_path, capsys):
+    result = recipe("lr_search").main(["--smoke", "--epochs", "2", "--out", str(tmp_path)])
+    files = ["lr_search.png", "report.md", "result.json", "trials"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == files
+    assert 1e-3 < result["learning_rate"] < 3
+    assert result["losses"]["the answer"][-1] < result["losses"]["a hundredth"][-1]
+    said = capsys.readouterr().out
+    assert "Next:" in said
+    recipe("lr_search").main(["--smoke", "--epochs", "2", "--out", str(tmp_path), "--quiet"])
+    assert json.loads((tmp_path / "result.json").read_text())["learning_rate"] == result["learning_rate"]
+
+
+@pytest.mark.parametrize("wrong", [["--epochs", "0"], ["--seed", "-1"], ["--out", __file__]])
+def test_lr_search_refuses_before_it_trains(wrong, capsys):
+    with pytest.raises(SystemExit):
+        recipe("lr_search").main(wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
 FENCES = re.compile(r"```python\n(.+?)```", re.DOTALL)
 
 

@@ -189,18 +189,20 @@ def _stage(settings, arms, number, trials, epochs, say):
             if found is None:
                 continue
             way, why = found
+            head = f"From {arm.low:.2g} to {arm.high:.2g} {why}"
             if again > settings.max_widen:
-                say(f"{why.capitalize()} of the rates from {arm.low:.2g} to {arm.high:.2g}, which has widened enough.")
+                say(f"{head}, and the range is not widened any more.")
                 continue
+            old = arm.low, arm.high
             factor = WIDEN if number == 0 else max(arm.high / arm.low, 2.0)
-            old, low, high = (arm.low, arm.high), arm.low, arm.high
             if way == "up":
-                low, arm.high = arm.high, arm.high * factor
+                arm.high *= factor
+                low, high = old[1], arm.high
             else:
-                high, arm.low = arm.low, arm.low / factor
-            say(f"{why.capitalize()} of {old[0]:.2g} to {old[1]:.2g}: on to {arm.low:.2g} to {arm.high:.2g}.")
-            wanted += items(arm, arm.low if way == "down" else low, arm.high if way == "up" else high,
-                            max(2, math.ceil(trials / 2)), again)  # fmt: skip
+                arm.low /= factor
+                low, high = arm.low, old[0]
+            say(f"{head}: {way} to {arm.high if way == 'up' else arm.low:.2g}.")
+            wanted += items(arm, low, high, max(2, math.ceil(trials / 2)), again)
         if not wanted:
             return
 
@@ -236,11 +238,11 @@ def _confirm(settings, arm, kind, say):
     else:
         say("No rate could be confirmed: all diverge with some seed.")
         return _bounds(arm, Answer(batch_size=arm.batch_size))
-    rate, others = _chosen(judged)
+    rate, equal = _chosen(judged)
     scores = judged[rate]
     error = float(np.std(scores, ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else None
     answer = Answer(rate, arm.batch_size, score=float(np.mean(scores)), error=error)
-    answer.interval = _interval(arm, kind, answer, others)
+    answer.interval = _interval(arm, kind, answer, equal, judged.keys() - set(equal))
     return _bounds(arm, answer)
 
 
@@ -286,12 +288,15 @@ def _chosen(judged) -> tuple[float, list[float]]:
     return equal[0], equal
 
 
-def _interval(arm, kind, answer, others=()) -> tuple[float, float]:
-    """The rates that are as good, as far as is known: of the last stage within a standard error of its best."""
+def _interval(arm, kind, answer, equal=(), worse=()) -> tuple[float, float]:
+    """The rates that are as good, as far as is known: those that fresh seeds have not told from the answer, and of the
+    last stage those within a standard error of its best, where no rate that fresh seeds found worse lies between."""
     _, best = arm.best(kind)
     allowed = best.score + (answer.error or 0.0)
-    rates = [answer.learning_rate, *others]
-    rates += [item.learning_rate for item, outcome in arm.results(kind) if outcome.is_good and outcome.score <= allowed]
+    near = [item.learning_rate for item, outcome in arm.results(kind) if outcome.is_good and outcome.score <= allowed]
+    low = max((rate for rate in worse if rate < answer.learning_rate), default=0.0)
+    high = min((rate for rate in worse if rate > answer.learning_rate), default=math.inf)
+    rates = [answer.learning_rate, *equal, *(rate for rate in near if low < rate < high)]
     return min(rates), max(rates)
 
 
