@@ -390,7 +390,8 @@ def test_a_replay_goes_on_where_it_was():
     answer, tried, _ = search(world, batch_sizes=(8, 16), range_test=True)
     for known in range(0, len(tried), 3):
         told = iter([outcome for _, outcome in tried[:known]])
-        again, retried, _ = search(lambda item: next(told, None) or world(item), batch_sizes=(8, 16), range_test=True)
+        resumed = functools.partial(lambda told, item: next(told, None) or world(item), told)
+        again, retried, _ = search(resumed, batch_sizes=(8, 16), range_test=True)
         assert again == answer
         assert [item for item, _ in retried] == [item for item, _ in tried]
 
