@@ -102,7 +102,7 @@ def untrained(model, *args, **kwargs) -> dict:
     inputs = keras.utils.unpack_x_y_sample_weight(data) if isinstance(data, tuple) else (data, None, None)
     x, y, weights = (*inputs, None, None)[:3]
     found = model.evaluate(x, y, sample_weight=weights, verbose=0, return_dict=True, **size)
-    found = {prefix + name: float(value) for name, value in found.items()}
+    found = {prefix + name: float(value) for name, value in found.items() if math.isfinite(value)}
     if not prefix and given.get("validation_split"):
         found |= {f"val_{name}": value for name, value in found.items()}
     return found

@@ -180,6 +180,9 @@ class Running:
     def save(self, model) -> None:
         if self.is_rung:
             model.save_weights(os.path.join(self.tuner.get_trial_dir(self.trial.trial_id), LAST))
+            best = next((one.filepath for one in self.given if self._saves(one)), None)
+            if best and not os.path.exists(best):  # no epoch had a finite objective; KerasTuner reads it all the same
+                model.save_weights(best)
 
     def keep_best(self, done) -> None:
         saver = next(filter(self._saves, self.given), None)
