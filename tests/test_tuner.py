@@ -274,12 +274,12 @@ def test_hyperband_goes_on_with_the_optimizer(built, tmp_path):
             promoted += 1
             assert is_built
             assert len(variables) == len(ended[parent][1])
-            # The learning rate follows its schedule in the rung that ended; all else goes on to the bit.
-            pairs = [
-                (a, b) for a, b in zip(variables, ended[parent][1], strict=True) if a.dtype.kind == "f" and a.shape
-            ]
-            assert all(np.array_equal(a, b) for a, b in pairs)
-            assert any(np.any(a) for a, _ in pairs)
+            # The rate and the time of its schedule are another's; what Adam keeps goes on to the bit.
+            slots, before = (
+                [v for v in some if v.shape and v.dtype.kind == "f"] for some in (variables, ended[parent][1])
+            )
+            assert len(slots) == len(before) == 2
+            assert all(np.array_equal(a, b) and np.any(a) for a, b in zip(slots, before, strict=True))
         assert ended[trial.trial_id][0] == values["tuner/epochs"] * STEPS
         assert ended[trial.trial_id][2] == 4  # every rung is laid out for the last one
     assert promoted >= 3
