@@ -5,6 +5,7 @@ import os
 
 import keras_tuner
 from keras_tuner.src import backend, utils
+from keras_tuner.src.engine import metrics_tracking
 
 ENDED = "COMPLETED", "FAILED"
 
@@ -35,6 +36,8 @@ class Oracle(keras_tuner.Oracle):
         super().reload()
         waiting = [one for one in self.trials if self.trials[one].status not in ENDED]
         self._retry_queue = sorted(waiting, reverse=True)  # taken from its end
+        for one in waiting:  # a kill may have come between its metrics and its end
+            self.trials[one].metrics = metrics_tracking.MetricsTracker()
         self.start_order = sorted(self.trials)
         self.end_order += [one for one in sorted(self.trials) if one not in waiting and one not in self.end_order]
 
@@ -50,10 +53,26 @@ class Tuner(keras_tuner.Tuner):
             write_json(own, {})
         super().__init__(oracle, hypermodel, directory=directory, project_name=project_name, overwrite=overwrite)
 
+    def reload(self):
+        try:
+            super().reload()
+        except ValueError as error:  # of JSON
+            message = (
+                f"A file in {self.project_dir} is damaged: {error}. Give another `project_name`, or `overwrite=True`"
+            )
+            raise RuntimeError(message) from error
+
     def save(self):
         if not is_worker():
             self.oracle.save()
         write_json(self._get_tuner_fname(), self.get_state())
+
+    def keep_weights_of(self, trial, model) -> str:
+        """Write the weights where `get_best_models` looks for them, and what builds an unbuilt model; the name."""
+        path = self._get_checkpoint_fname(trial.trial_id)
+        model.save_weights(path)
+        write_json(self._get_build_config_fname(trial.trial_id), model.get_build_config())
+        return os.path.basename(path)
 
 
 def is_worker() -> bool:

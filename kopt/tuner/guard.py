@@ -24,7 +24,7 @@ class Guard(Callback):
     def __init__(self, untrained: float | None, explode: float, check_logs=lambda logs: None, horizon=None):
         super().__init__("kopt.tuner.wrap")
         self.untrained, self.explode, self.check_logs, self.horizon = untrained, explode, check_logs, horizon
-        self.diverged, self.is_fresh, self.hits = False, True, 0
+        self.diverged, self.is_fresh, self.hits, self.last = False, True, 0, 0.0
 
     def set_params(self, params):
         """Tell all callbacks and schedules how long the whole training is, of which this `fit` may be a part."""
@@ -56,7 +56,7 @@ class Guard(Callback):
     def on_epoch_end(self, epoch, logs=None):
         self.check_logs(logs or {})
         self.last = float((logs or {}).get("loss", 0.0))
-        if not math.isfinite(self.last):
+        if self.seen == 0 or not math.isfinite(self.last):
             self._judge(self.last)
 
     def on_train_end(self, logs=None):

@@ -12,6 +12,7 @@ from kopt.tuner.wrap import SEED
 
 RATE, SIZE = "learning_rate", "batch_size"
 ITEM, KIND, EPOCHS = "kopt/item", "kopt/kind", "kopt/epochs"
+FIELDS = {KIND: "kind", EPOCHS: "epochs", SEED: "seed", SIZE: "batch_size"}  # in a trial, in an item
 
 
 @dataclasses.dataclass
@@ -40,7 +41,7 @@ def progress(settings, trials, objective) -> Progress:
             here.items += batch
             found = [known.get(place) for place in range(start, len(here.items))]
             for item, trial in zip(batch, found, strict=True):
-                _check_same(item, trial)
+                _check_same(item, trial, objective)
             if not all(trial and trial.status in engine.ENDED for trial in found):
                 return here
             batch = course.send([outcome_of(trial, objective) for trial in found])
@@ -49,12 +50,14 @@ def progress(settings, trials, objective) -> Progress:
         return here
 
 
-def _check_same(item, trial) -> None:
+def _check_same(item, trial, objective) -> None:
     if trial is not None:
-        values = trial.hyperparameters.values
-        if abs(values[RATE] / item.learning_rate - 1) > 1e-6 or values[EPOCHS] != item.epochs:
-            allowed = "another one, or `overwrite=True`: it holds the trials of a search with other arguments"
-            checks.refuse("project_name", allowed, f"trial {trial.trial_id} at {values[RATE]!r}")
+        values, is_scored = trial.hyperparameters.values, trial.status == "COMPLETED"
+        same = all(values.get(name) == getattr(item, field) for name, field in FIELDS.items())
+        same &= abs(values[RATE] / item.learning_rate - 1) <= 1e-6
+        if not same or (is_scored and not trial.metrics.exists(objective.name)):
+            what = f"trial {trial.trial_id}, at {values[RATE]:.3g}, is of a search with other arguments"
+            checks.refuse("overwrite", f"True, or `project_name` another one: {what}", False)
 
 
 def outcome_of(trial, objective) -> plan.Outcome:

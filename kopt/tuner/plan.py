@@ -97,8 +97,8 @@ class Arm:
             return ("down", "all have diverged") if any(outcome.diverged for _, outcome in results) else None
         cliff = self.stable_and_cliff()[1]
         bad_above = cliff is not None and cliff <= self.high
-        if all(_is_flat(outcome) for _, outcome in good) and not bad_above:
-            return "up", "none has moved the model"
+        if all(_is_flat(outcome) for _, outcome in good):
+            return None if bad_above else ("up", "none has moved the model")
         if best is good[-1] and not bad_above:
             return "up", "the best is the highest"
         return ("down", "the best is the lowest") if best is good[0] else None
@@ -111,12 +111,17 @@ class Arm:
         return below, cliff if math.isfinite(cliff) else None
 
     def narrow(self, kind) -> None:
-        """Look around the best: from two neighbours below it, as long runs like lower rates, to the one above."""
+        """Look around the best, between its neighbours; where it has none, within the range.
+
+        Where none has moved the model, the highest that is stable counts as the best.
+        """
         rates = [item.learning_rate for item, _ in self.results(kind)]
-        best = self.best(kind)[0].learning_rate
+        good = [pair for pair in self.results(kind) if pair[1].is_good]
+        is_flat = all(_is_flat(outcome) for _, outcome in good)
+        best = (good[-1] if is_flat else self.best(kind))[0].learning_rate
         place, step = rates.index(best), math.sqrt(10)
-        self.low = rates[max(place - 2, 0)] if place else best / step
-        self.high = rates[place + 1] if place + 1 < len(rates) else best * step
+        self.low = rates[place - 1] if place else max(self.low, best / step)
+        self.high = rates[place + 1] if place + 1 < len(rates) else min(self.high, best * step)
 
 
 def _is_flat(outcome) -> bool:
@@ -213,7 +218,7 @@ def _cliff(settings, arm):
     while stable and cliff and cliff / stable > GAP:
         item = Item("cliff", math.sqrt(stable * cliff), settings.stages[0][1], settings.seed_of(0), arm.batch_size)
         (outcome,) = yield from _try([(arm, item)])
-        if outcome.failed:
+        if not (outcome.is_good or outcome.diverged):
             return
         stable, cliff = arm.stable_and_cliff()
 

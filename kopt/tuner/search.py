@@ -1,8 +1,8 @@
 """`LearningRateSearch`: a learning rate from coarse to fine, confirmed with fresh seeds, with its evidence."""
 
+import contextlib
 import copy
 import functools
-import gc
 import inspect
 import json
 import math
@@ -105,10 +105,14 @@ class LearningRateSearch(engine.Tuner):
         self.keep_weights = checks.one_of(*KEPT)("keep_weights", keep_weights)
         self.seed, self.fit_verbose = checks.count(0)("seed", seed), 0
         hypermodel = Wrapped(_building(build), seed, explode, "none", None)
-        super().__init__(
-            oracle.CoarseToFine(objective, 2**31), hypermodel, directory=directory,
-            project_name=checks.text("project_name", project_name), overwrite=checks.boolean("overwrite", overwrite),
-        )  # fmt: skip
+        if not isinstance(objective, (str, keras_tuner.Objective)) or hasattr(objective, "name_to_direction"):
+            checks.refuse("objective", "the name of one metric, or a keras_tuner.Objective", objective)
+        with _as_raised():
+            super().__init__(
+                oracle.CoarseToFine(objective, 2**31), hypermodel, directory=directory,
+                project_name=checks.text("project_name", project_name),
+                overwrite=checks.boolean("overwrite", overwrite),
+            )  # fmt: skip
         self.low, self.high = self._range(min_learning_rate, max_learning_rate)
         self.settings: plan.Settings | None = None
         self._was_idle = False
@@ -141,8 +145,9 @@ class LearningRateSearch(engine.Tuner):
             if name in fit_kwargs:
                 checks.refuse(name, "left out" + " beside `batch_sizes`" * (name == "batch_size"), fit_kwargs[name])
         given = inspect.signature(keras.Model.fit).bind_partial(None, *fit_args).arguments | fit_kwargs
-        if hasattr(given.get("x"), "__next__"):
-            checks.refuse("x", "data that can be read again, for every trial: no generator", given["x"])
+        for name in ("x", "validation_data"):
+            if hasattr(given.get(name), "__next__"):
+                checks.refuse(name, "data that can be read again, for every trial: no generator", given[name])
         stages = self.stages or _default_stages(longest)
         has_range_test = self.range_test and given.get("x") is not None
         self.settings = plan.Settings(
@@ -153,12 +158,10 @@ class LearningRateSearch(engine.Tuner):
         self.fit_verbose = "auto" if shown > 1 else 0
         if not engine.is_worker():
             self.oracle.begin(self.settings, _print if shown else lambda line: None)
-        if not engine.is_chief():
-            self._check_rate_counts()
-        try:
+        with _as_raised():
+            if not engine.is_chief():
+                self._check_rate_counts()
             super().search(*fit_args, **fit_kwargs)
-        except keras_tuner.errors.FatalError as error:
-            raise error.__cause__ or error from None
         if shown and not engine.is_worker():
             print("\n".join(["", *self.result.verdict()]))
         if self.result.is_complete and self.result.learning_rate is None:
@@ -170,11 +173,13 @@ class LearningRateSearch(engine.Tuner):
         for rate in (self.low, self.high):
             hp = engine.made_with(self.oracle).get_space()
             hp.values[oracle.RATE] = rate
+            model = self.hypermodel.build(hp)
             try:
-                found.append(keras.optimizers.serialize(self.hypermodel.build(hp).optimizer))
+                config = json.dumps(keras.optimizers.serialize(model.optimizer), default=repr)
             except (TypeError, ValueError):  # no config tells
                 return
-        if json.dumps(found[0], default=repr) == json.dumps(found[1], default=repr):
+            found.append(json.loads(config, object_hook=_without_name))
+        if found[0] == found[1]:
             allowed = "a function whose optimizer has the learning rate that it asks for"
             checks.refuse("build", allowed, found[0])
 
@@ -188,9 +193,12 @@ class LearningRateSearch(engine.Tuner):
         super().on_trial_begin(trial)
 
     def run_trial(self, one, *args, **kwargs):
+        with trial.fatal(f"Trial {one.trial_id}"):
+            return self._run_trial(one, args, kwargs)
+
+    def _run_trial(self, one, args, kwargs):
         hp, values = one.hyperparameters, one.hyperparameters.values
         keras.utils.clear_session()
-        gc.collect()
         model = self.hypermodel.build(hp)
         kwargs = kwargs | ({oracle.SIZE: values[oracle.SIZE]} if oracle.SIZE in values else {})
         if values[oracle.KIND] == "range test":
@@ -199,34 +207,34 @@ class LearningRateSearch(engine.Tuner):
         objective = self.oracle.objective
         done = self.hypermodel.train(hp, model, objective, args, kwargs | {"epochs": values[oracle.EPOCHS]})
         found = trial.objective_values(done.results, objective)
+        if not found and not done.diverged:
+            raise keras_tuner.errors.FatalValueError(
+                f"`fit` must return a History, the objective, or a dict with {objective.name!r}. "
+                f"Received: fit(...)={done.results!r}"
+            )
         score = done.penalty if done.diverged else float(np.mean(found[-max(1, len(found) // 10) :]))
-        if self.keep_weights != "none":
-            model.save_weights(self._weights_of(one))
+        filename = None if self.keep_weights == "none" else self.keep_weights_of(one, model)
         if self.keep_weights == "best":
-            keep_best(self, one, score, os.path.basename(self._weights_of(one)))
+            keep_best(self, one, score, filename)
         return self._told(done.untrained, score, kopt_diverged=float(done.diverged))
 
     def _run_range_test(self, one, model, args, kwargs):
         objective, explode = self.oracle.objective, self.hypermodel.explode
-        known = trial.untrained(model, *args, **kwargs)
         given = inspect.signature(keras.Model.fit).bind_partial(None, *args, **kwargs).arguments
         given = {name: given[name] for name in ("x", "y", *FIT) if given.get(name) is not None}
         limits = {"min_learning_rate": self.settings.low, "max_learning_rate": self.settings.high}
-        try:
-            record = finder.find_learning_rate(model, **given, **limits, verbose=0)
-        except Exception as error:
-            raise trial.raised(error, "The range test") from error
+        known = trial.untrained(model, *args, **kwargs)
+        record = finder.find_learning_rate(model, **given, **limits, verbose=0)
         engine.write_json(os.path.join(self.get_trial_dir(one.trial_id), RECORD), record.to_dict())
-        penalty = trial.penalty_of(objective, known, known.get("val_loss", known.get("loss")), explode)
+        penalty = trial.penalties_of(objective, known, known.get("val_loss", known.get("loss")), explode)[
+            objective.name
+        ]
         found = {"kopt_suggestion": record.suggestion, "kopt_diverged_at": record.diverged_at}
         return self._told(known, penalty, kopt_diverged=0.0, **{n: v for n, v in found.items() if v is not None})
 
     def _told(self, known, score, **others) -> dict:
         name = self.oracle.objective.name
         return {name: score, **others} | ({"kopt_untrained": known[name]} if name in known else {})
-
-    def _weights_of(self, one) -> str:
-        return os.path.join(self.get_trial_dir(one.trial_id), "checkpoint.weights.h5")
 
     @property
     def result(self) -> SearchResult:
@@ -306,6 +314,22 @@ class LearningRateSearch(engine.Tuner):
         return self.hypermodel.build(self.get_best_hyperparameters()[0])
 
 
+@contextlib.contextmanager
+def _as_raised():
+    """What the user's functions raise goes on as it was, without the exception by which it ends KerasTuner's search."""
+    caught = None
+    try:
+        yield
+    except keras_tuner.errors.FatalError as error:
+        caught = error.__cause__ or error
+    if caught is not None:
+        raise caught  # out here, so that it keeps its own cause and context
+
+
+def _without_name(config) -> dict:
+    return {name: value for name, value in config.items() if name != "name"}
+
+
 def _print(line) -> None:
     print(f"LearningRateSearch: {line}", flush=True)
 
@@ -330,10 +354,11 @@ def _default_stages(epochs) -> tuple:
 def _building(build):
     """`build` as KerasTuner wants it: of a model, or a function of the rate, one of `hp`."""
     if isinstance(build, keras.Model):
-        if not build.compiled or not hasattr(build.optimizer, "learning_rate"):
-            checks.refuse("build", "a model that is compiled with an optimizer", build)
+        config = build.optimizer.get_config() if build.compiled else {}
+        if not isinstance(config.get("learning_rate"), (int, float)):
+            checks.refuse("build", "a model that is compiled with an optimizer, its learning rate a number", build)
         of_rate = functools.partial(_copied, build)
-    elif inspect.isfunction(build) and list(inspect.signature(build).parameters) == [oracle.RATE]:
+    elif callable(build) and next(iter(inspect.signature(build).parameters), None) == oracle.RATE:
         of_rate = build
     else:
         return build

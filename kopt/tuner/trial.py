@@ -1,5 +1,6 @@
 """One training of a search: the data it is judged by, the guard that goes along, and what came of it as numbers."""
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -24,7 +25,8 @@ class Training:
     results: object  # as the user's `fit` has returned it: a History, a dict or a number
     diverged: bool
     untrained: dict  # metrics of the model before training, as in the logs
-    penalty: float  # in place of an objective that diverged
+    penalties: dict  # in place of the objectives, where it diverged
+    penalty: float  # the same as one number
     loss: float | None  # of the model before training
 
 
@@ -37,12 +39,12 @@ def train(fit, model, objective, explode, args, kwargs, *, before=None, horizon=
     loss = known.get("val_loss", known.get("loss"))
     guard = Guard(loss, explode, lambda logs: check_objective(objective, logs), horizon)
     results = fit(*args, **kwargs | {"callbacks": [*(kwargs.get("callbacks") or []), guard]})
-    penalty = penalty_of(objective, known, loss, explode)
+    penalties = penalties_of(objective, known, loss, explode)
     values = objective_values(results, objective)
     diverged = guard.diverged or not all(map(math.isfinite, values))
     if objective.name in known and objective.direction == "min" and values:
         diverged |= values[-1] > limit(known[objective.name], explode)
-    return Training(results, diverged, known, penalty, guard.untrained)
+    return Training(results, diverged, known, penalties, float(objective.get_value(penalties)), guard.untrained)
 
 
 def check_objective(objective, logs) -> None:
@@ -65,17 +67,16 @@ def objective_values(results, objective) -> list[float]:
     return [float(results)] if isinstance(results, (int, float, np.floating)) else []
 
 
-def penalty_of(objective, known, loss, explode) -> float:
-    """A finite stand-in for the objective of a training that diverged: worse than untrained, but not by much."""
-    names = getattr(objective, "name_to_direction", {objective.name: objective.direction})
-    parts = []
+def penalties_of(objective, known, loss, explode) -> dict:
+    """Finite stand-ins for the objectives of a training that diverged: worse than untrained, but not by much."""
+    names, found = getattr(objective, "name_to_direction", {objective.name: objective.direction}), {}
     for name, direction in names.items():
-        if direction == "max":
-            parts.append(-known.get(name, 0.0) if len(names) > 1 else known.get(name, 0.0))
+        base = known.get(name, loss if direction == "min" else None)
+        if base is None or not math.isfinite(base):
+            found[name] = 1.0 if direction == "min" else 0.0
         else:
-            base = known.get(name, loss)
-            parts.append(limit(base, explode) if base is not None and math.isfinite(base) else 1.0)
-    return float(sum(parts))
+            found[name] = limit(base, explode) if direction == "min" else base
+    return found
 
 
 def untrained(model, *args, **kwargs) -> dict:
@@ -83,6 +84,8 @@ def untrained(model, *args, **kwargs) -> dict:
     given = inspect.signature(keras.Model.fit).bind_partial(model, *args, **kwargs).arguments
     x, y, held = given.get("x"), given.get("y"), given.get("validation_data")
     size = {"batch_size": given["batch_size"]} if given.get("batch_size") else {}
+    if hasattr(held, "__next__"):  # a generator, which can be read once
+        return {}
     if held is not None:
         data, prefix = held, "val_"
         size |= {"steps": given["validation_steps"]} if given.get("validation_steps") else {}
@@ -99,16 +102,20 @@ def untrained(model, *args, **kwargs) -> dict:
     inputs = keras.utils.unpack_x_y_sample_weight(data) if isinstance(data, tuple) else (data, None, None)
     x, y, weights = (*inputs, None, None)[:3]
     found = model.evaluate(x, y, sample_weight=weights, verbose=0, return_dict=True, **size)
-    found = {prefix + name: float(value) for name, value in found.items()}
+    found = {prefix + name: float(value) for name, value in found.items() if math.isfinite(value)}
     if not prefix and given.get("validation_split"):
         found |= {f"val_{name}": value for name, value in found.items()}
     return found
 
 
-def raised(error: Exception, where: str):
-    """What KerasTuner is told of an exception: it ends the search at once, unless only this model was too large."""
-    if isinstance(error, (keras_tuner.errors.FatalError, keras_tuner.errors.FailedTrialError)):
-        return error
-    if isinstance(error, MemoryError) or any(word in f"{type(error).__name__} {error}" for word in OUT_OF_MEMORY):
-        return keras_tuner.errors.FailedTrialError(f"{where} ran out of memory: {error}")
-    return keras_tuner.errors.FatalError(f"{where} raised {type(error).__name__}: {error}")
+@contextlib.contextmanager
+def fatal(where: str):
+    """KerasTuner is told to end the search at once where something raises, unless only this model was too large."""
+    try:
+        yield
+    except (keras_tuner.errors.FatalError, keras_tuner.errors.FailedTrialError):
+        raise
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(word in f"{type(error).__name__} {error}" for word in OUT_OF_MEMORY):
+            raise keras_tuner.errors.FailedTrialError(f"{where} ran out of memory: {error}") from error
+        raise keras_tuner.errors.FatalError(f"{where} raised {type(error).__name__}: {error}") from error

@@ -32,13 +32,15 @@ class Wrapped(keras_tuner.HyperModel):
         self.execution = 0  # how often the model of these hyperparameters has been trained already
         self.trained = None  # the hyperparameters of the last training
 
+    def declare_hyperparameters(self, hp):
+        if isinstance(self.inner, keras_tuner.HyperModel):
+            self.inner.declare_hyperparameters(hp)
+
     def build(self, hp):
         self.execution = self.execution if hp is self.trained else 0
         keras.utils.set_random_seed(hp.values.get(SEED) or seed_of(self.seed, self.execution))
-        try:
+        with trial.fatal("`build`"):
             model = getattr(self.inner, "build", self.inner)(hp)
-        except Exception as error:
-            raise trial.raised(error, "`build`") from error
         if not isinstance(model, keras.Model) or not model.compiled:
             raise keras_tuner.errors.FatalTypeError(
                 f"`build` must be a function that returns a compiled model. Received: build(hp)={model!r}"
@@ -63,10 +65,8 @@ class Wrapped(keras_tuner.HyperModel):
         """Train by the user's own `fit`, if there is one, or the model's."""
         own = getattr(self.inner, "fit", None)
         fit = functools.partial(own, hp, model) if own else model.fit
-        try:
+        with trial.fatal("The training"):
             return trial.train(fit, model, objective, self.explode, args, kwargs, before=before, horizon=horizon)
-        except Exception as error:
-            raise trial.raised(error, "The training") from error
 
 
 def wrap(build, *, seed: int = 0, explode: float = 3.0, keep_weights: str = "all", horizon_epochs: int | None = None):
@@ -127,12 +127,13 @@ def told(done, objective):
         if done.diverged:
             epochs = max(epochs, 1)
             results.history = {name: _finite(values) for name, values in results.history.items()}
-            names = getattr(objective, "name_to_direction", [objective.name])
-            results.history |= {name: [done.penalty] * epochs for name in names}
+            results.history |= {name: [penalty] * epochs for name, penalty in done.penalties.items()}
         results.history |= {name: [value] * epochs for name, value in extra.items()}
         return results
     if isinstance(results, dict):
         return results | extra | ({objective.name: done.penalty} if done.diverged else {})
+    if not isinstance(results, (int, float, np.floating)):
+        return results  # which KerasTuner refuses
     return {objective.name: done.penalty if done.diverged else float(results)} | extra
 
 
@@ -179,6 +180,9 @@ class Running:
     def save(self, model) -> None:
         if self.is_rung:
             model.save_weights(os.path.join(self.tuner.get_trial_dir(self.trial.trial_id), LAST))
+            best = next((one.filepath for one in self.given if self._saves(one)), None)
+            if best and not os.path.exists(best):  # no epoch had a finite objective; KerasTuner reads it all the same
+                model.save_weights(best)
 
     def keep_best(self, done) -> None:
         saver = next(filter(self._saves, self.given), None)
