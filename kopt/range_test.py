@@ -163,7 +163,7 @@ class RangeTest:
 
     @property
     def diverged_at(self) -> float | None:
-        return float(self.learning_rates[-1]) if self.stopped == "diverged" else None
+        return float(self.learning_rates[-1]) if self.stopped == "diverged" and len(self.learning_rates) else None
 
     def to_dict(self) -> dict:
         """Plain numbers and lists, for JSON; infinities and NaN as None."""
