@@ -4,6 +4,7 @@ import contextlib
 import warnings
 
 from kopt import _keras, checks
+from kopt._keras import stepping
 from kopt.callbacks.finder import LearningRateFinder
 from kopt.range_test import RangeTest
 
@@ -68,11 +69,12 @@ def find_learning_rate(
     shown = 1 if verbose == "auto" else int(verbose)
     given = {"beta": beta, "explode": explode, "verbose": shown, "name": "find_learning_rate"}
     finder = LearningRateFinder(min_learning_rate, max_learning_rate, steps, **given)
-    batches = (finder.steps + 1) * (getattr(model.optimizer, "gradient_accumulation_steps", None) or 1)
+    window = max(one.gradient_accumulation_steps or 1 for one in stepping.nested(model.optimizer))
+    epochs = 2 * (finder.steps + 1) * window  # enough, of one batch each, even if some updates are skipped
     with _as_it_was(model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Your input ran out of data")
         try:
-            model.fit(x, y, epochs=batches, verbose=0, callbacks=[finder], **fit_arguments)
+            model.fit(x, y, epochs=epochs, verbose=0, callbacks=[finder], **fit_arguments)
         finally:
             finder.restore()
     return finder.record
@@ -82,10 +84,11 @@ def find_learning_rate(
 def _as_it_was(model):
     """Let a model have, after another `fit`, the history and the flag of the last one, and an unbuilt optimizer."""
     names = "history", "stop_training"
-    kept = {name: getattr(model, name, None) for name in names}
+    kept = {name: getattr(model, name) for name in names if hasattr(model, name)}
     optimizer, twin = model.optimizer, None
     if not getattr(optimizer, "built", True):
-        with contextlib.suppress(Exception):  # where no config can make one, the optimizer itself is built
+        # where no config can make one, the optimizer itself is built
+        with contextlib.suppress(Exception), stepping.where_made(optimizer):
             twin = type(optimizer).from_config(optimizer.get_config())
     if twin is not None:
         _keras.exchange_optimizer(model, twin)
@@ -94,5 +97,8 @@ def _as_it_was(model):
     finally:
         if twin is not None:
             _keras.exchange_optimizer(model, optimizer)
-        for name, value in kept.items():
-            setattr(model, name, value)
+        for name in names:
+            if name in kept:
+                setattr(model, name, kept[name])
+            elif hasattr(model, name):
+                delattr(model, name)

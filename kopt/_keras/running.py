@@ -71,6 +71,11 @@ class Fit:
         return passes.is_generator(getattr(self.epoch_iterator, "data_adapter", None))
 
     @property
+    def has_run_dry(self) -> bool:
+        """Whether an epoch has emptied a generator; Keras would begin the next with its first two batches again."""
+        return self.is_generator and self.epoch_iterator._current_iterator is None
+
+    @property
     def arrays(self) -> tuple[int, int, bool] | None:
         """Of arrays: how many rows there are, how many in a batch, and whether they are shuffled."""
         adapter = getattr(self.epoch_iterator, "data_adapter", None)

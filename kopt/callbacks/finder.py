@@ -91,6 +91,12 @@ class LearningRateFinder(Driving):
     def driven(self, optimizer):
         return {"learning_rate": self._sweep}
 
+    def installed(self, optimizer):
+        super().installed(optimizer)
+        others = [one for one in self.drives(optimizer)["learning_rate"].schedules if one is not self._sweep]
+        if others:
+            checks.refuse("callbacks", f"without others that drive the rate beside {self.name}", others)
+
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
         self._fit = running.Fit(self)
@@ -98,39 +104,47 @@ class LearningRateFinder(Driving):
         settle(self.model)
         self._fit.wait_for_batches()
         self._keep()
-        optimizer = stepping.updating(self.model.optimizer)[0]
-        self._window = optimizer.gradient_accumulation_steps or 1  # batches of an update
-        self._tried = self._sweep.preview(self.steps)
-        self.record, self._losses, self._stopped = None, [], None
+        self._tried, self._origin = self._sweep.preview(self.steps), self._count()
+        self.record, self._losses, self._stopped = None, {}, None  # losses by the updates before them
+        self._batches = 0
         shown = ["learning_rate", "loss"]
         self._bar = keras.utils.Progbar(self.steps, stateful_metrics=shown) if self.verbose else None
 
     def on_train_batch_begin(self, batch, logs=None):
         self.model.reset_metrics()
-        self._first = batch
+        self._first, self._before = batch, self._count() - self._origin
 
     def on_train_batch_end(self, batch, logs=None):
         if "loss" not in (logs or {}):
             checks.refuse("loss", "in what the training step of the model logs", sorted(logs or {}))
-        loss, count = float(logs["loss"]), batch - self._first + 1  # several with `steps_per_execution`
-        self._losses += [loss] * count
+        loss, updates = float(logs["loss"]), self._count() - self._origin
+        self._batches += batch - self._first + 1
+        for before in range(self._before, max(updates, self._before + 1)):  # several with `steps_per_execution`
+            self._losses.setdefault(before, []).append(loss)
         record = self._so_far()
         done = len(record.losses)
         if self._bar and done:
             self._bar.update(done, [("learning_rate", record.learning_rates[-1]), ("loss", loss)])
         if not np.isfinite(loss) or record.has_exploded(self.explode):
             self._stopped = "diverged"
-        elif done == self.steps:
+        elif updates > self.steps:
             self._stopped = "end"
         if self._stopped:
             self.model.stop_training = True
 
+    def _count(self) -> int:
+        """The updates that the optimizer has done: fewer than batches if it accumulates or skips some."""
+        return int(_keras.to_numpy(stepping.updating(self.model.optimizer)[0].iterations))
+
     def _so_far(self) -> RangeTest:
         """The record of the rates that were tried: to each belongs the mean loss of the batches of the next update."""
-        window, initial = self._window, self._losses[0] if self._losses else math.nan
-        after = [self._losses[i : i + window] for i in range(window, len(self._losses), window)][: self.steps]
-        rates, losses = self._tried[: len(after)], [np.mean(part) for part in after]
-        return RangeTest(rates, losses, initial, self._stopped or "data", self.beta)
+        losses = [float(np.mean(self._losses[n])) for n in sorted(self._losses) if n <= self.steps] or [math.nan]
+        return RangeTest(self._tried[: len(losses) - 1], losses[1:], losses[0], self._stopped or "data", self.beta)
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, logs)
+        if self._fit.has_run_dry:
+            self.model.stop_training = True
 
     def on_train_end(self, logs=None):
         super().on_train_end(logs)
@@ -141,7 +155,10 @@ class LearningRateFinder(Driving):
         if self._bar:
             print("\n" * (done < self.steps) + str(self.record))
         if is_lent:
-            lent = f"{self.name} has taken {len(self._losses)} batches out of the generator, which are gone."
+            lent = (
+                f"{self.name} has used up {self._batches} batches of the generator; they are gone, as are those that "
+                "Keras has read ahead."
+            )
             warnings.warn(lent, stacklevel=2)
         if not self._stopped:
             short = f"{self.name} had tried {done} of {self.steps} rates when `fit` or its data ended."
@@ -156,9 +173,11 @@ class LearningRateFinder(Driving):
 
     def restore(self) -> None:
         """Put everything back as it was when the last `fit` with this callback began."""
+        _keras.fetch_state(self._model)
+        if self._training:  # `fit` was broken off
+            self._training.remove(self)
         if self._kept is None:
             return
         (variables, values, random), self._kept, self._fit = self._kept, None, None
-        _keras.fetch_state(self._model)
         weights.assign(variables, values)
         training.set_random_state(random)
