@@ -61,6 +61,7 @@ class RangeTest:
             series = np.array(getattr(self, name), "float64").reshape(-1)
             series.flags.writeable = False
             object.__setattr__(self, name, series)
+        object.__setattr__(self, "initial_loss", float(self.initial_loss))
         if len(self.losses) != len(self.learning_rates):
             checks.refuse("losses", f"{len(self.learning_rates)} numbers, as many as rates", self.losses)
         checks.one_of(*ENDS)("stopped", self.stopped)

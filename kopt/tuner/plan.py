@@ -256,12 +256,14 @@ def _candidates(settings, arm, kind) -> list[float]:
 
     A rate is seen with its neighbours, because a single training close to the cliff is a matter of luck.
     """
-    results = [pair for pair in arm.results(kind) if not pair[1].failed]
+    results = [pair for pair in arm.results(kind) if pair[1].is_good or pair[1].diverged]
+    good = [place for place, (_, outcome) in enumerate(results) if outcome.is_good]
+    known = [results[place][1].score for place in good]
+    bad = 2 * max(known) - min(known)  # what a rate counts that diverged: worse than the worst by all that they span
+    scores = np.array([outcome.score if outcome.is_good else bad for _, outcome in results])
     logs = np.log10([item.learning_rate for item, _ in results])
-    scores = np.array([outcome.score for _, outcome in results])
     weights = np.exp(-0.5 * np.square((logs[:, None] - logs) / NEAR))
     around = weights @ scores / weights.sum(1)
-    good = [place for place, (_, outcome) in enumerate(results) if outcome.is_good]
     ranked = sorted(good, key=lambda place: around[place])
     chosen = dict.fromkeys([ranked[0], min(good, key=lambda place: scores[place]), *ranked])
     return [results[place][0].learning_rate for place in chosen][: settings.top]
