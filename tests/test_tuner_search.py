@@ -94,8 +94,8 @@ def test_the_answer_and_its_evidence(done):
     result = done.result
     assert result.is_complete
     assert LIMIT / 10 < done.best_learning_rate < LIMIT
-    assert done.best_learning_rate <= done.stable_max < LIMIT * 1.1
-    assert LIMIT < done.cliff < LIMIT * 1.6  # few steps do not tell what explodes slowly
+    assert done.best_learning_rate <= done.stable_max < LIMIT * 1.5
+    assert LIMIT < done.cliff < LIMIT * 1.8  # few steps do not tell what explodes slowly
     assert done.cliff / done.stable_max <= 1.2
     assert done.interval[0] <= done.best_learning_rate <= done.interval[1]
     assert done.best_batch_size is None
