@@ -13,6 +13,11 @@ import pytest
 
 from kopt.tuner.launch import Launch, parsed
 from kopt.tuner.processes import Child
+from tests.conftest import BACKEND
+
+pytestmark = pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="processes that train nothing: a backend is as good as another"
+)
 
 SEARCH = """
 import os, signal, sys, time

@@ -139,7 +139,10 @@ class CoarseToFine(engine.Oracle):
             tail = "" if outcome.diverged_at is None else f", explodes at {outcome.diverged_at:.2g}"
             return f"{head}{found}{tail}{size}"
         what = f"{values[RATE]:.2e}{size}, {values[EPOCHS]} epoch{'s' * (values[EPOCHS] != 1)}, "
-        value = "failed" if outcome.failed else "diverged" if outcome.diverged else f"{trial.score:.4g}"
+        why = (trial.message or "").strip().splitlines()[-1:]  # which does not come through from a worker
+        value = (
+            ": ".join(["failed", *why]) if outcome.failed else "diverged" if outcome.diverged else f"{trial.score:.4g}"
+        )
         return f"{head}{what}{self.objective.name} {value}{self._best(values[EPOCHS])}{self._left(here)}"
 
     def _best(self, epochs) -> str:

@@ -307,6 +307,12 @@ class LearningRateSearch(engine.Tuner):
         hp.values[oracle.RATE] = self.best_learning_rate
         return [hp]
 
+    def get_best_models(self, num_models=1):
+        """The models of the trials with the best scores, as they were trained; `keep_weights` must have kept them."""
+        if self.keep_weights == "none":
+            checks.refuse("keep_weights", "'best' or 'all', for models as they were trained; or `build_best()`", "none")
+        return super().get_best_models(num_models)
+
     def build_best(self) -> keras.Model:
         """A fresh model with the rate that was found."""
         if self.best_learning_rate is None:

@@ -39,7 +39,7 @@ def train(fit, model, objective, explode, args, kwargs, *, before=None, horizon=
     loss = known.get("val_loss", known.get("loss"))
     guard = Guard(loss, explode, lambda logs: check_objective(objective, logs), horizon)
     results = fit(*args, **kwargs | {"callbacks": [*(kwargs.get("callbacks") or []), guard]})
-    penalties = penalties_of(objective, known, loss, explode)
+    penalties = penalties_of(objective, known, guard.untrained if loss is None else loss, explode)
     values = objective_values(results, objective)
     diverged = guard.diverged or not all(map(math.isfinite, values))
     if objective.name in known and objective.direction == "min" and values:

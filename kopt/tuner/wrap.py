@@ -57,7 +57,7 @@ class Wrapped(keras_tuner.HyperModel):
         done = self.train(hp, model, running.objective, args, kwargs, before, horizon)
         running.save(model)
         self.trained, self.execution = hp, self.execution + 1
-        if self.keep_weights == "best" and not running.is_rung:
+        if self.keep_weights == "best" and not running.is_rung and self.execution >= running.executions:
             running.keep_best(done)
         return told(done, running.objective)
 
@@ -153,6 +153,10 @@ class Running:
         self.objective = self.tuner.oracle.objective if self.tuner else keras_tuner.Objective(trial.DEFAULT, "min")
         self.is_rung = "tuner/epochs" in hp.values
         self.is_promoted = bool(hp.values.get("tuner/trial_id"))
+
+    @property
+    def executions(self) -> int:
+        return getattr(self.tuner, "executions_per_trial", 1)
 
     @property
     def horizon(self) -> int | None:
