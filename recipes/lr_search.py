@@ -111,19 +111,21 @@ def parsed(args):
 def main(args=None):
     given, data = parsed(args), digits()
     x, x_val, y, y_val = data
-    stages = [(3, 1), (2, 1)] if given.smoke else None
+    stages, epochs = ([(3, 1), (2, 1)], 1) if given.smoke else (None, given.epochs)
     with tempfile.TemporaryDirectory() as scratch:
         search = kopt.tuner.LearningRateSearch(
             build, "val_loss", stages=stages, confirm=2 if given.smoke else 3, seed=given.seed,
             directory=str(given.out or scratch), project_name="trials",
         )  # fmt: skip
         search.search(
-            x, y, validation_data=(x_val, y_val), epochs=given.epochs, batch_size=32, verbose=0 if given.quiet else 1
+            x, y, validation_data=(x_val, y_val), epochs=epochs, batch_size=32, verbose=0 if given.quiet else 1
         )
         result = search.result
     if os.environ.get("KERASTUNER_TUNER_ID", "chief") != "chief":
         return None  # a worker of several: the chief reports
     print(f"\n{result}")
+    if result.learning_rate is None:
+        raise SystemExit("no learning rate was found")
     losses = curves(data, result.learning_rate, 2 if given.smoke else given.epochs)
     print(f"\ntraining loss after {len(losses['the answer'])} epochs, one seed ({keras.backend.backend()}):")
     for name, values in losses.items():

@@ -12,7 +12,9 @@ from keras import layers
 
 import kopt
 import kopt.tuner
+from kopt.tuner.guard import Guard
 from kopt.tuner.spaces import RULES
+from kopt.tuner.trial import untrained
 from kopt.tuner.wrap import LAST
 from tests.conftest import BACKEND, FLOATX
 from tests.training import in_turn, numpy
@@ -610,3 +612,86 @@ def test_a_schedule_of_a_few_epochs_needs_no_callback(tmp_path):
     tuner = tuner_of("RandomSearch", kopt.tuner.wrap(Own()), tmp_path, trials=2)
     tuner.search(**DATA, epochs=2)
     assert {trial.status for trial in trials_of(tuner)} == {"COMPLETED"}
+
+
+def test_the_weights_of_the_best_mean_over_executions_are_kept(tmp_path):
+    scores = iter([0.4, 0.4, 0.3, 0.9, 0.5, 0.2])
+
+    class Model(keras_tuner.HyperModel):
+        def build(self, hp):
+            return network(kopt.SGD(hp.Float("rate", 0.1, 1.0)))
+
+        def fit(self, hp, model, *args, callbacks, **kwargs):
+            for callback in callbacks:
+                callback.set_model(model)
+                callback.set_params({})
+            logs = {"loss": next(scores)}
+            for callback in callbacks:
+                if hasattr(callback, "filepath"):
+                    callback.on_epoch_end(0, logs)
+            return logs
+
+    tuner = tuner_of("RandomSearch", kopt.tuner.wrap(Model(), keep_weights="best"), tmp_path, "loss",
+                     executions_per_trial=2)  # fmt: skip
+    tuner.search()
+    best = tuner.oracle.get_best_trials(1)[0].trial_id
+    assert [path.parent.name for path in tmp_path.rglob("*.weights.h5")] == [f"trial_{best}"]
+
+
+def test_the_penalty_of_data_that_is_read_once(tmp_path):
+    """The first batch tells what the untrained loss is: a trial that diverged is worse than those that did not."""
+    model = kopt.tuner.wrap(lambda hp: network(kopt.SGD(hp.Float("rate", 1e-4, 1e6, sampling="log"))))
+
+    def batches():
+        while True:
+            yield X, 100 * Y
+
+    tuner = tuner_of("RandomSearch", model, tmp_path, "loss", trials=4)
+    tuner.search(batches(), steps_per_epoch=30, verbose=0)
+    ranked = sorted(tuner.oracle.trials.values(), key=lambda trial: trial.score)
+    flags = [metric(trial, "kopt_diverged") for trial in ranked]
+    assert flags == sorted(flags)
+    assert flags[-1] == 1
+
+
+@pytest.mark.parametrize("steps", [1, 7, 16])
+def test_the_guard_looks_whatever_the_steps_of_an_execution(steps):
+    guard = Guard(1.0, 3.0)
+    model = guard.set_model(network("sgd")) or guard.model
+    guard.on_epoch_begin(0)
+    for batch in range(steps - 1, 200, steps):
+        guard.on_train_batch_end(batch, {"loss": 1.0 if batch < steps else 100.0})
+    assert guard.diverged
+    assert model.stop_training
+
+
+@pytest.mark.parametrize("own", [{"train": X}, {"scale": 2}])
+def test_a_fit_with_arguments_of_its_own(own, tmp_path):
+    class Model(keras_tuner.HyperModel):
+        def build(self, hp):
+            return network(kopt.SGD(hp.Float("rate", 0.1, 1.0)))
+
+        def fit(self, hp, model, *args, **kwargs):
+            return {"loss": 1.0}
+
+    tuner = tuner_of("RandomSearch", kopt.tuner.wrap(Model()), tmp_path, "loss", trials=1)
+    tuner.search(**own)
+    assert trials_of(tuner)[0].status == "COMPLETED"
+
+
+def test_logs_of_some_epochs_only(tmp_path):
+    class Sometimes(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch:
+                logs["later"] = 1.0
+
+    tuner = tuner_of("RandomSearch", kopt.tuner.wrap(build), tmp_path, trials=1)
+    tuner.search(**DATA, epochs=2, callbacks=[Sometimes()])
+    assert trials_of(tuner)[0].status == "COMPLETED"
+
+
+def test_a_list_of_inputs_without_targets():
+    a, b = keras.Input((2,)), keras.Input((2,))
+    model = keras.Model([a, b], keras.layers.Dense(1, activity_regularizer="l2")(a + b))
+    model.compile("sgd", loss=None)
+    assert untrained(model, [X, X])["loss"] > 0

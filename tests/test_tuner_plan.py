@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kopt.tuner import plan
-from kopt.tuner.plan import Item, Outcome
+from kopt.tuner.plan import Outcome
 
 STAGES = (9, 1), (5, 3), (3, 10)
 EXPLODED = Outcome(3.0, diverged=True, untrained=1.0)
@@ -108,7 +108,7 @@ def test_all_diverge():
     assert [len(notes), len(tried)] == [4, 9 + 5 + 5]
     assert notes[0] == "From 1e-06 to 10 all have diverged: down to 1e-08."
     assert notes[2] == "From 1e-10 to 10 all have diverged, and the range is not widened any more."
-    assert notes[3].startswith("Every learning rate has diverged or failed")
+    assert notes[3].startswith("Every learning rate of stage 1 has diverged or failed")
     assert min(rates(tried, "stage 1")) < 1e-9
 
 
@@ -166,6 +166,16 @@ def test_a_cliff_above_is_no_reason_to_widen():
     _, tried, notes = search(at(best=1.0, cliff=0.5))
     assert notes == []
     assert max(rates(tried, "stage 1")) < 10
+
+
+@pytest.mark.parametrize("best", [-1, 1])
+def test_scores_that_are_equal_tell_no_direction_down(best):
+    """As an accuracy that no rate of the first range changes, where nobody knows the untrained one."""
+    _, tried, notes = search(lambda item: Outcome(best * 0.5), low=1e-9, high=1e-7)
+    assert "none has moved the model: up" in notes[0]
+    assert min(rates(tried, "stage 1")) > 1e-9
+    _, _, notes = search(lambda item: Outcome(0.5 if item.epochs > 1 else bowl(item, best=1e-2).score, untrained=1.0))
+    assert notes == []  # a later stage has found where nothing can be told apart
 
 
 def test_failing_trials():
@@ -281,7 +291,7 @@ def test_a_rate_that_diverges_with_a_fresh_seed_is_out():
     answer, tried, notes = search(functools.partial(world, limit=0.0))
     assert answer.learning_rate is None
     assert answer.score is None
-    assert notes[-1] == "No rate could be confirmed: all diverge with some seed."
+    assert notes[-1] == "No rate could be confirmed: all diverge or fail with some seed."
     assert len(rates(tried, "confirm")) == 3 * (2 + plan.RETREATS)
 
 
@@ -305,6 +315,7 @@ def test_the_best_at_the_edge_of_stability_is_not_trusted():
     for seed in range(10):
         answer, tried, _ = search(world, low=1e-3, high=1.0, stages=((6, 1), (6, 1)), seed=seed)
         assert 0.02 < answer.learning_rate <= 0.06
+        assert answer.interval[1] < answer.cliff
         assert answer.learning_rate == min(rates(tried, "confirm"))
 
 
@@ -484,6 +495,7 @@ def test_rates_and_budget_stay_within_bounds(world, given, chance):
     assert answer.learning_rate is None or answer.learning_rate in good
     if answer.learning_rate is not None:
         assert answer.interval[0] <= answer.learning_rate <= answer.interval[1]
+        assert answer.cliff is None or answer.interval[1] < answer.cliff
         assert math.isfinite(answer.score)
     if answer.cliff is not None and answer.stable_max is not None:
         assert answer.stable_max < answer.cliff
@@ -500,5 +512,3 @@ def test_all_diverge_or_fail_whatever_is_asked(given):
 def test_one_trial_a_stage():
     answer, _, _ = search(bowl, stages=((1, 1), (1, 2)), low=1e-4, high=1e-2)
     assert answer.learning_rate is not None
-    item = Item("stage 1", 1e-3, 1, 0)
-    assert (item.batch_size, dataclasses.is_dataclass(item)) == (None, True)

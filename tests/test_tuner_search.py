@@ -65,7 +65,7 @@ def simulated(directory, model=None, **given):
     """A search that takes a second, as far as it comes."""
     given = {"stages": [(4, 1), (2, 2)], "confirm": 2, "directory": str(directory)} | given
     search = Search(model or Simulated(), given.pop("objective", "loss"), **given)
-    search.search(epochs=2, verbose=0)
+    search.search(verbose=0)
     return search
 
 
@@ -158,7 +158,7 @@ def test_models_and_hyperparameters(done):
 
 def test_once_more_trains_nothing(done, capsys):
     before = tried(done)
-    done.search(**DATA | {"verbose": 1}, epochs=8)
+    done.search(**DATA | {"verbose": 1}, epochs=2)
     assert tried(done) == before
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"LearningRateSearch: goes on after {len(before)} trials"
@@ -278,7 +278,9 @@ def test_silent(tmp_path, capsys):
 
 def test_all_diverge(tmp_path):
     search = Search(Simulated(cliff=0.0), "loss", stages=[(3, 1), (2, 2)], max_widen=1, directory=str(tmp_path))
-    with pytest.warns(UserWarning, match="Every learning rate has diverged or failed.*No learning rate was found"):
+    with pytest.warns(
+        UserWarning, match="Every learning rate of stage 1 has diverged or failed.*No learning rate was found"
+    ):
         search.search(epochs=2, verbose=0)
     assert search.best_learning_rate is None
     assert search.interval is None
@@ -287,7 +289,7 @@ def test_all_diverge(tmp_path):
     assert search.cliff == min(row["learning_rate"] for row in search.result.trials)
     assert "No learning rate was found." in search.report()
     assert len(kopt.plot.search(search.result).lines) == 1
-    with pytest.raises(RuntimeError, match="There is no best model. Every learning rate has diverged"):
+    with pytest.raises(RuntimeError, match="There is no best model. Every learning rate of stage 1 has diverged"):
         search.build_best()
 
 
@@ -298,7 +300,7 @@ def test_a_model_that_is_nan_at_once(tmp_path):
         search.search(X, Y * np.nan, validation_data=(X, Y * np.nan), epochs=1, verbose=0)
     assert any("Every learning rate" in str(one.message) for one in caught)
     assert search.best_learning_rate is None
-    assert all(np.isfinite(row["score"]) for row in search.result.trials)
+    assert all(np.isfinite(row["score"]) for row in search.result.trials if row["kind"] != "range test")
 
 
 class StopError(Exception):
@@ -579,3 +581,70 @@ def test_goes_on_after_a_kill(kills, tmp_path, whole):
     for _ in range(kills):
         in_a_child(tmp_path, after=chance.uniform(0, 0.4))
     assert simulated(tmp_path).result == whole[1]
+
+
+def test_a_policy_of_precision_is_kept(tmp_path):
+    """KerasTuner clears the session before each trial, and with it the policy."""
+    before, seen = keras.config.dtype_policy(), []
+
+    class Seen(Simulated):
+        def build(self, hp):
+            seen.append(keras.config.dtype_policy().name)
+            return super().build(hp)
+
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        simulated(tmp_path, Seen())
+        assert set(seen) == {"mixed_bfloat16"}
+        assert keras.config.dtype_policy().name == "mixed_bfloat16"
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def test_a_batch_size_of_the_users_own(tmp_path):
+    class Own(Simulated):
+        def build(self, hp):
+            hp.Choice("batch_size", [8, 16])
+            return super().build(hp)
+
+    assert simulated(tmp_path, Own()).result.is_complete
+
+
+def test_a_range_that_was_edited_is_another_search(tmp_path):
+    class Other(Simulated):
+        def build(self, hp):
+            hp.Float("learning_rate", 1e-6, 1e-4, sampling="log")
+            return super().build(hp)
+
+    simulated(tmp_path)
+    with pytest.raises(ValueError, match="`overwrite`"):
+        simulated(tmp_path, Other())
+
+
+def test_epochs_beside_stages(tmp_path):
+    search = Search(Simulated(), "loss", stages=[(2, 1)], directory=str(tmp_path))
+    with pytest.raises(ValueError, match="`epochs` must be left out.*Received: epochs=50"):
+        search.search(epochs=50)
+
+
+def test_a_low_range_and_many_rows_for_validation(tmp_path):
+    """An accuracy that no rate has changed: on all rows, as `fit` has it."""
+    x = np.random.default_rng(1).normal(size=(3000, 2)).astype("float32")
+    y = (x[:, 0] > 0).astype("int64")
+
+    def build(learning_rate):
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(kopt.SGD(learning_rate), loss, metrics=["accuracy"])
+        return model
+
+    given = {"min_learning_rate": 1e-9, "max_learning_rate": 1e-7, "range_test": False, "max_widen": 1}
+    search = Search(build, "val_accuracy", stages=[(3, 1)], confirm=0, directory=str(tmp_path), **given)
+    search.search(x[:64], y[:64], validation_data=(x, y), batch_size=64, verbose=0)
+    assert search.result.notes[0] == "From 1e-09 to 1e-07 none has moved the model: up to 1e-05."
+
+
+def test_the_best_trials_are_no_range_tests(done):
+    kinds = {trial.hyperparameters.values["kopt/kind"] for trial in done.oracle.get_best_trials(99)}
+    assert "range test" not in kinds
+    assert "confirm" in kinds

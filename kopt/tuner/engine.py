@@ -4,7 +4,7 @@ import json
 import os
 
 import keras_tuner
-from keras_tuner.src import backend, utils
+from keras_tuner.src import backend
 from keras_tuner.src.engine import metrics_tracking
 
 ENDED = "COMPLETED", "FAILED"
@@ -12,9 +12,6 @@ ENDED = "COMPLETED", "FAILED"
 
 def write_json(path: str, tree) -> None:
     """Write a file so that there is always a whole one: KerasTuner writes in place, and a kill would tear it."""
-    if "://" in path:  # a store in a network, which has whole files only
-        utils.save_json(path, tree)
-        return
     temporary = f"{path}.{os.getpid()}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(tree, file)
@@ -26,6 +23,13 @@ def write_json(path: str, tree) -> None:
 class Oracle(keras_tuner.Oracle):
     """An oracle whose files are whole at any moment, and which goes on from whatever is there."""
 
+    @keras_tuner.synchronized
+    def create_trial(self, tuner_id):
+        trial = super().create_trial(tuner_id)
+        if trial.status == "RUNNING" and trial.metrics.metrics:  # a kill came between its metrics and its end
+            trial.metrics = metrics_tracking.MetricsTracker()
+        return trial
+
     def save(self):
         write_json(self._get_oracle_fname(), self.get_state())
 
@@ -36,8 +40,6 @@ class Oracle(keras_tuner.Oracle):
         super().reload()
         waiting = [one for one in self.trials if self.trials[one].status not in ENDED]
         self._retry_queue = sorted(waiting, reverse=True)  # taken from its end
-        for one in waiting:  # a kill may have come between its metrics and its end
-            self.trials[one].metrics = metrics_tracking.MetricsTracker()
         self.start_order = sorted(self.trials)
         self.end_order += [one for one in sorted(self.trials) if one not in waiting and one not in self.end_order]
 

@@ -37,7 +37,7 @@ class Guard(Callback):
         self.seen, self.total = 0, 0.0
 
     def on_train_batch_end(self, batch, logs=None):
-        if "loss" in (logs or {}) and (self.is_fresh or (batch + 1) % EVERY == 0):
+        if "loss" in (logs or {}) and (self.is_fresh or batch + 1 - self.seen >= EVERY):
             total = float(logs["loss"]) * (batch + 1)
             loss = (total - self.total) / (batch + 1 - self.seen)
             if self.is_fresh and math.isfinite(loss):

@@ -8,10 +8,10 @@ import numpy as np
 
 from kopt import checks
 from kopt.tuner import engine, plan
+from kopt.tuner.building import RATE
 from kopt.tuner.wrap import SEED
 
-RATE, SIZE = "learning_rate", "batch_size"
-ITEM, KIND, EPOCHS = "kopt/item", "kopt/kind", "kopt/epochs"
+ITEM, KIND, EPOCHS, SIZE = "kopt/item", "kopt/kind", "kopt/epochs", "kopt/batch_size"
 FIELDS = {KIND: "kind", EPOCHS: "epochs", SEED: "seed", SIZE: "batch_size"}  # in a trial, in an item
 
 
@@ -29,8 +29,8 @@ class Progress:
         return [place for place in range(len(self.items)) if place not in self.trials]
 
 
-def progress(settings, trials, objective) -> Progress:
-    """Go through the plan with what is known of the trials."""
+def progress(settings, trials, objective, check=False) -> Progress:
+    """Go through the plan with what is known of the trials; they may be checked to be of this search."""
     known = {trial.hyperparameters.values[ITEM]: trial for trial in trials if ITEM in trial.hyperparameters.values}
     here = Progress([], known, [])
     course = plan.course(settings, here.notes.append)
@@ -40,8 +40,9 @@ def progress(settings, trials, objective) -> Progress:
             start = len(here.items)
             here.items += batch
             found = [known.get(place) for place in range(start, len(here.items))]
-            for item, trial in zip(batch, found, strict=True):
-                _check_same(item, trial, objective)
+            if check:
+                for item, trial in zip(batch, found, strict=True):
+                    _check_same(item, trial, objective)
             if not all(trial and trial.status in engine.ENDED for trial in found):
                 return here
             batch = course.send([outcome_of(trial, objective) for trial in found])
@@ -84,13 +85,15 @@ class CoarseToFine(engine.Oracle):
 
     def __init__(self, objective, max_failed):
         super().__init__(objective=objective, max_consecutive_failed_trials=max_failed)
-        self.settings, self.say, self.started = None, None, {}
+        self.settings: plan.Settings | None = None
+        self.say, self.told = None, 0  # how lines are said; how many notes have been
+        self.started: dict[str, float] = {}
         self.spent: list[tuple[int, float]] = []  # epochs and seconds of the trials that this process has seen
         self.verbose = 0
 
     def begin(self, settings, say) -> None:
-        self.settings, self.say, self.told = settings, say, 0
-        here = self.progress()
+        self.settings, self.say = settings, say
+        here = progress(settings, self.trials.values(), self.objective, check=True)
         ended = sum(trial.status in engine.ENDED for trial in here.trials.values())
         if ended:
             say(f"goes on after {ended} trials")
@@ -144,6 +147,10 @@ class CoarseToFine(engine.Oracle):
             ": ".join(["failed", *why]) if outcome.failed else "diverged" if outcome.diverged else f"{trial.score:.4g}"
         )
         return f"{head}{what}{self.objective.name} {value}{self._best(values[EPOCHS])}{self._left(here)}"
+
+    def get_best_trials(self, num_trials=1):
+        found = super().get_best_trials(len(self.trials))
+        return [trial for trial in found if trial.hyperparameters.values.get(KIND) != "range test"][:num_trials]
 
     def _best(self, epochs) -> str:
         """The best so far of as long trainings."""

@@ -11,9 +11,15 @@ import numpy as np
 
 WIDEN = 100.0  # the factor by which a range of the first stage grows, or moves
 FLAT = 0.01  # of the untrained score, by which somebody must have moved
+TIE = 1e-6  # of a score, by which rates of the whole first range must differ if they have moved anything
 NEAR = 0.25  # decades within which rates count as neighbours
 GAP = 1.2  # between a rate that is stable and one that is not, when the cliff is found
 RETREATS = 3  # how often the confirmed rate is halved, where seeds diverge
+
+
+def seed_of(seed, number) -> int:
+    """A seed that has nothing in common with those of other numbers and other seeds."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Settings:
 
     def seed_of(self, number) -> int:
         """The seed of a training: 0 is the one that all trials of the stages have in common."""
-        return int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0] >> 1)
+        return seed_of(self.seed, number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +103,13 @@ class Arm:
             return ("down", "all have diverged") if any(outcome.diverged for _, outcome in results) else None
         cliff = self.stable_and_cliff()[1]
         bad_above = cliff is not None and cliff <= self.high
-        if all(_is_flat(outcome) for _, outcome in good):
+        scores = [outcome.score for _, outcome in good]
+        if _are_flat(good) or (kind == "stage 1" and len(good) > 1 and np.ptp(scores) <= TIE * abs(scores[0])):
             return None if bad_above else ("up", "none has moved the model")
-        if best is good[-1] and not bad_above:
+        if best is good[-1] and not bad_above and scores[-1] < min(scores[:-1], default=math.inf):
             return "up", "the best is the highest"
-        return ("down", "the best is the lowest") if best is good[0] else None
+        is_lowest = best is good[0] and scores[0] < min(scores[1:], default=math.inf)
+        return ("down", "the best is the lowest") if is_lowest else None
 
     def stable_and_cliff(self) -> tuple[float | None, float | None]:
         """The highest rate below all that diverged, and the lowest that did."""
@@ -117,16 +125,20 @@ class Arm:
         """
         rates = [item.learning_rate for item, _ in self.results(kind)]
         good = [pair for pair in self.results(kind) if pair[1].is_good]
-        is_flat = all(_is_flat(outcome) for _, outcome in good)
-        best = (good[-1] if is_flat else self.best(kind))[0].learning_rate
+        best = (good[-1] if _are_flat(good) else self.best(kind))[0].learning_rate
         place, step = rates.index(best), math.sqrt(10)
         self.low = rates[place - 1] if place else max(self.low, best / step)
         self.high = rates[place + 1] if place + 1 < len(rates) else min(self.high, best * step)
 
 
-def _is_flat(outcome) -> bool:
-    known = outcome.untrained is not None and math.isfinite(outcome.untrained)
-    return known and abs(outcome.score - outcome.untrained) <= FLAT * abs(outcome.untrained)
+def _are_flat(good) -> bool:
+    """Whether no training has changed the score of the untrained model."""
+
+    def is_flat(outcome):
+        known = outcome.untrained is not None and math.isfinite(outcome.untrained)
+        return known and abs(outcome.score - outcome.untrained) <= FLAT * abs(outcome.untrained)
+
+    return all(is_flat(outcome) for _, outcome in good)
 
 
 def spread(low, high, count, key) -> list[float]:
@@ -145,7 +157,7 @@ def course(settings: Settings, say=lambda line: None):
         kind = f"stage {number + 1}"
         alive = [arm for arm in arms if arm.best(kind)]
         if not alive:
-            say("Every learning rate has diverged or failed: the model, the loss or the data are at fault.")
+            say(f"Every learning rate of {kind} has diverged or failed: look at the model, the loss and the data.")
             return _bounds(arms[0], Answer())
         arms = sorted(alive, key=lambda arm: arm.best(kind)[1].score)[: max(1, math.ceil(len(arms) / 2))]
         if number + 1 < len(settings.stages):
@@ -225,29 +237,30 @@ def _cliff(settings, arm):
 
 def _confirm(settings, arm, kind, say):
     """Train the best rates with fresh seeds, and choose the lowest that is within a standard error of the best."""
-    epochs, rates = settings.stages[-1][1], _candidates(settings, arm, kind)
     if not settings.confirm:
         item, outcome = arm.best(kind)
         answer = Answer(item.learning_rate, arm.batch_size, score=outcome.score)
         answer.interval = _interval(arm, kind, answer)
         return _bounds(arm, answer)
-    for _ in range(RETREATS + 1):
+    epochs, rates, confirmed = settings.stages[-1][1], _candidates(settings, arm, kind), []
+    for left in reversed(range(RETREATS + 1)):
         seeds = [settings.seed_of(number + 1) for number in range(settings.confirm)]
         items = [Item("confirm", rate, epochs, seed, arm.batch_size) for rate in rates for seed in seeds]
-        yield from _try([(arm, item) for item in items])
+        outcomes = yield from _try([(arm, item) for item in items])
+        confirmed += rates
         judged = _judged(arm, rates)
-        if judged:
+        if judged or not left or not any(outcome.diverged for outcome in outcomes):
             break
         say(f"With fresh seeds {' and '.join(f'{rate:.2g}' for rate in rates)} diverged: half of the lowest is next.")
         rates = [min(rates) / 2]
-    else:
-        say("No rate could be confirmed: all diverge with some seed.")
+    if not judged:
+        say("No rate could be confirmed: all diverge or fail with some seed.")
         return _bounds(arm, Answer(batch_size=arm.batch_size))
     rate, equal = _chosen(judged)
     scores = judged[rate]
     error = float(np.std(scores, ddof=1) / math.sqrt(len(scores))) if len(scores) > 1 else None
     answer = Answer(rate, arm.batch_size, score=float(np.mean(scores)), error=error)
-    answer.interval = _interval(arm, kind, answer, equal, judged.keys() - set(equal))
+    answer.interval = _interval(arm, kind, answer, equal, set(confirmed) - set(equal))
     return _bounds(arm, answer)
 
 
@@ -303,6 +316,7 @@ def _interval(arm, kind, answer, equal=(), worse=()) -> tuple[float, float]:
     near = [item.learning_rate for item, outcome in arm.results(kind) if outcome.is_good and outcome.score <= allowed]
     low = max((rate for rate in worse if rate < answer.learning_rate), default=0.0)
     high = min((rate for rate in worse if rate > answer.learning_rate), default=math.inf)
+    high = min(high, arm.stable_and_cliff()[1] or math.inf)
     rates = [answer.learning_rate, *equal, *(rate for rate in near if low < rate < high)]
     return min(rates), max(rates)
 

@@ -2,10 +2,7 @@
 
 import contextlib
 import copy
-import functools
 import inspect
-import json
-import math
 import os
 import time
 import warnings
@@ -14,15 +11,12 @@ import keras
 import keras_tuner
 import numpy as np
 
-from kopt import checks, finder, weights
-from kopt.range_test import RangeTest
-from kopt.tuner import engine, oracle, plan, trial
+from kopt import checks, finder
+from kopt.tuner import building, engine, oracle, plan, reading, trial
 from kopt.tuner.result import SearchResult
 from kopt.tuner.wrap import KEPT, Wrapped, keep_best
 
-RANGE = 1e-6, 10.0  # where nobody says another
 SHORT, MIDDLE = 10, 3  # the first stages have so many times fewer epochs than the last
-RECORD = "range_test.json"
 FIT = "batch_size", "sample_weight", "class_weight", "shuffle", "steps_per_epoch"  # what a range test is told, too
 
 
@@ -35,7 +29,7 @@ class LearningRateSearch(engine.Tuner):
        widens and the stage goes on. The next stage looks around the best.
     3. The lowest rate that diverges is narrowed down, which costs a few of the shortest trials.
     4. The best rates are trained with fresh seeds; a rate that diverges with one of them is out. The answer is the
-       lowest whose mean is within a standard error of the best.
+       lowest that is not worse than the best, seed by seed, by more than a standard error.
 
     It is a `keras_tuner.Tuner`: `directory` and `project_name` say where its trials are, and a search that was killed
     goes on there when the program is started again. It runs over several processes and machines with KerasTuner's chief
@@ -104,7 +98,7 @@ class LearningRateSearch(engine.Tuner):
         self.max_widen = checks.count(0)("max_widen", max_widen)
         self.keep_weights = checks.one_of(*KEPT)("keep_weights", keep_weights)
         self.seed, self.fit_verbose = checks.count(0)("seed", seed), 0
-        hypermodel = Wrapped(_building(build), seed, explode, "none", None)
+        hypermodel = Wrapped(building.of_hp(build), seed, explode, "none", None)
         if not isinstance(objective, (str, keras_tuner.Objective)) or hasattr(objective, "name_to_direction"):
             checks.refuse("objective", "the name of one metric, or a keras_tuner.Objective", objective)
         with _as_raised():
@@ -113,21 +107,9 @@ class LearningRateSearch(engine.Tuner):
                 project_name=checks.text("project_name", project_name),
                 overwrite=checks.boolean("overwrite", overwrite),
             )  # fmt: skip
-        self.low, self.high = self._range(min_learning_rate, max_learning_rate)
+            self.low, self.high = building.range_of(hypermodel, min_learning_rate, max_learning_rate)
         self.settings: plan.Settings | None = None
-        self._was_idle = False
-
-    def _range(self, low, high) -> tuple[float, float]:
-        space = {hp.name: hp for hp in engine.made_with(self.oracle).get_space().space}
-        asked = space.get(oracle.RATE)
-        if not isinstance(asked, keras_tuner.engine.hyperparameters.Float):
-            allowed = 'a function that asks for kopt.tuner.learning_rate(hp), or hp.Float("learning_rate", ...)'
-            checks.refuse("build", allowed, list(space))
-        low = checks.positive("min_learning_rate", asked.min_value if low is None else low)
-        high = checks.positive("max_learning_rate", asked.max_value if high is None else high)
-        if high <= low:
-            checks.refuse("max_learning_rate", f"greater than `min_learning_rate` ({low!r})", high)
-        return low, high
+        self._result, self._was_idle = None, False
 
     def search(self, *fit_args, epochs: int | None = None, verbose=1, **fit_kwargs):
         """Run the search, or go on with it.
@@ -141,47 +123,34 @@ class LearningRateSearch(engine.Tuner):
         if epochs is None and self.stages is None:
             checks.refuse("epochs", "given: how long a training is in the end", None)
         longest = checks.optional(checks.count(1))("epochs", epochs) or self.stages[-1][1]
+        if self.stages and longest != self.stages[-1][1]:
+            checks.refuse("epochs", f"left out, or those of the last of `stages`: {self.stages[-1][1]}", epochs)
         for name in ("initial_epoch", *(["batch_size"] if self.batch_sizes else [])):
             if name in fit_kwargs:
                 checks.refuse(name, "left out" + " beside `batch_sizes`" * (name == "batch_size"), fit_kwargs[name])
-        given = inspect.signature(keras.Model.fit).bind_partial(None, *fit_args).arguments | fit_kwargs
+        has_own_fit = self.hypermodel.has_own_fit
+        given = fit_kwargs if has_own_fit else _bound(fit_args, fit_kwargs)
         for name in ("x", "validation_data"):
             if hasattr(given.get(name), "__next__"):
                 checks.refuse(name, "data that can be read again, for every trial: no generator", given[name])
         stages = self.stages or _default_stages(longest)
-        has_range_test = self.range_test and given.get("x") is not None
+        has_range_test = self.range_test and not has_own_fit and given.get("x") is not None
         self.settings = plan.Settings(
             self.low, self.high, stages, self.confirm, tuple(self.batch_sizes or (None,)), self.top, self.max_widen,
             has_range_test, self.seed,
         )  # fmt: skip
         shown = 1 if verbose == "auto" else checks.count(0)("verbose", verbose)
-        self.fit_verbose = "auto" if shown > 1 else 0
+        self.fit_verbose, self._result = "auto" if shown > 1 else 0, None
         if not engine.is_worker():
             self.oracle.begin(self.settings, _print if shown else lambda line: None)
         with _as_raised():
-            if not engine.is_chief():
-                self._check_rate_counts()
+            if not engine.is_chief() and not has_own_fit:
+                building.check_rate_counts(self.hypermodel, (self.low, self.high))
             super().search(*fit_args, **fit_kwargs)
         if shown and not engine.is_worker():
             print("\n".join(["", *self.result.verdict()]))
         if self.result.is_complete and self.result.learning_rate is None:
             warnings.warn(" ".join([*self.result.notes[-1:], *self.result.verdict()]), stacklevel=2)
-
-    def _check_rate_counts(self) -> None:
-        """Refuse a model whose optimizer is the same whatever the rate."""
-        found = []
-        for rate in (self.low, self.high):
-            hp = engine.made_with(self.oracle).get_space()
-            hp.values[oracle.RATE] = rate
-            model = self.hypermodel.build(hp)
-            try:
-                config = json.dumps(keras.optimizers.serialize(model.optimizer), default=repr)
-            except (TypeError, ValueError):  # no config tells
-                return
-            found.append(json.loads(config, object_hook=_without_name))
-        if found[0] == found[1]:
-            allowed = "a function whose optimizer has the learning rate that it asks for"
-            checks.refuse("build", allowed, found[0])
 
     def pre_create_trial(self):
         if self._was_idle:
@@ -200,7 +169,7 @@ class LearningRateSearch(engine.Tuner):
         hp, values = one.hyperparameters, one.hyperparameters.values
         keras.utils.clear_session()
         model = self.hypermodel.build(hp)
-        kwargs = kwargs | ({oracle.SIZE: values[oracle.SIZE]} if oracle.SIZE in values else {})
+        kwargs = kwargs | ({"batch_size": values[oracle.SIZE]} if oracle.SIZE in values else {})
         if values[oracle.KIND] == "range test":
             return self._run_range_test(one, model, args, kwargs)
         kwargs |= {"callbacks": copy.deepcopy(kwargs.get("callbacks") or []), "verbose": self.fit_verbose}
@@ -220,15 +189,14 @@ class LearningRateSearch(engine.Tuner):
 
     def _run_range_test(self, one, model, args, kwargs):
         objective, explode = self.oracle.objective, self.hypermodel.explode
-        given = inspect.signature(keras.Model.fit).bind_partial(None, *args, **kwargs).arguments
+        given = _bound(args, kwargs)
         given = {name: given[name] for name in ("x", "y", *FIT) if given.get(name) is not None}
         limits = {"min_learning_rate": self.settings.low, "max_learning_rate": self.settings.high}
         known = trial.untrained(model, *args, **kwargs)
         record = finder.find_learning_rate(model, **given, **limits, verbose=0)
-        engine.write_json(os.path.join(self.get_trial_dir(one.trial_id), RECORD), record.to_dict())
-        penalty = trial.penalties_of(objective, known, known.get("val_loss", known.get("loss")), explode)[
-            objective.name
-        ]
+        engine.write_json(os.path.join(self.get_trial_dir(one.trial_id), reading.RECORD), record.to_dict())
+        loss = known.get("val_loss", known.get("loss", record.initial_loss))
+        penalty = trial.penalties_of(objective, known, loss, explode)[objective.name]
         found = {"kopt_suggestion": record.suggestion, "kopt_diverged_at": record.diverged_at}
         return self._told(known, penalty, kopt_diverged=0.0, **{n: v for n, v in found.items() if v is not None})
 
@@ -241,34 +209,9 @@ class LearningRateSearch(engine.Tuner):
         """What was found so far, read from the files of the trials, in whatever process."""
         if self.settings is None:
             raise RuntimeError("There is no result before `search`, which also goes on with a search that has ended")
-        trials, objective = engine.trials_in(self.project_dir), self.oracle.objective
-        here = oracle.progress(self.settings, trials.values(), objective)
-        answer, sign = here.answer or plan.Answer(), -1 if objective.direction == "max" else 1
-        score = None if answer.score is None else sign * answer.score
-        rows = [self._row(here.trials[place], objective) for place in sorted(here.trials)]
-        paths = [os.path.join(self.project_dir, f"trial_{one}", RECORD) for one in trials]
-        records = []
-        for path in filter(os.path.exists, paths):
-            with open(path, encoding="utf-8") as file:
-                records.append(RangeTest.from_dict(json.load(file)))
-        return SearchResult(
-            objective.name, objective.direction, answer.learning_rate, answer.batch_size, answer.interval,
-            answer.stable_max, answer.cliff, score, answer.error, rows, here.notes, records, here.answer is not None,
-        )  # fmt: skip
-
-    @staticmethod
-    def _row(one, objective) -> dict:
-        values, is_scored = one.hyperparameters.values, one.status == "COMPLETED"
-        return {
-            "kind": values[oracle.KIND],
-            "learning_rate": values[oracle.RATE],
-            "batch_size": values.get(oracle.SIZE),
-            "epochs": values[oracle.EPOCHS],
-            "seed": values[oracle.SEED],
-            "score": float(one.score) if is_scored else None,
-            "diverged": is_scored and oracle.outcome_of(one, objective).diverged,
-            "status": one.status,
-        }
+        if self._result is None or not self._result.is_complete:
+            self._result = reading.result_in(self.project_dir, self.settings, self.oracle.objective)
+        return self._result
 
     @property
     def best_learning_rate(self) -> float | None:
@@ -320,6 +263,11 @@ class LearningRateSearch(engine.Tuner):
         return self.hypermodel.build(self.get_best_hyperparameters()[0])
 
 
+def _bound(args, kwargs) -> dict:
+    """The arguments of `fit` by name."""
+    return inspect.signature(keras.Model.fit).bind_partial(None, *args, **kwargs).arguments
+
+
 @contextlib.contextmanager
 def _as_raised():
     """What the user's functions raise goes on as it was, without the exception by which it ends KerasTuner's search."""
@@ -332,47 +280,17 @@ def _as_raised():
         raise caught  # out here, so that it keeps its own cause and context
 
 
-def _without_name(config) -> dict:
-    return {name: value for name, value in config.items() if name != "name"}
-
-
 def _print(line) -> None:
     print(f"LearningRateSearch: {line}", flush=True)
 
 
 def _stages(name, value) -> tuple:
+    """Pairs of a number of trials and their epochs."""
     allowed = "a list of pairs: the number of trials and their epochs, integers of 1 or more"
-    pairs = checks.several(lambda name, pair: tuple(map(int, pair)) if len(pair) == 2 else 1 / 0, allowed)
-    try:
-        found = pairs(name, value)
-    except (TypeError, ZeroDivisionError):
-        return checks.refuse(name, allowed, value)
-    if any(number < 1 or number != given for pair, old in zip(found, value, strict=True)
-           for number, given in zip(pair, old, strict=True)):  # fmt: skip
-        checks.refuse(name, allowed, value)
-    return tuple(found)
+    pair = checks.several(checks.count(1), allowed)
+    found = checks.several(lambda name, one: tuple(pair(name, one)), allowed)(name, value)
+    return tuple(found) if all(len(one) == 2 for one in found) else checks.refuse(name, allowed, value)
 
 
 def _default_stages(epochs) -> tuple:
     return (9, max(1, round(epochs / SHORT))), (5, max(1, round(epochs / MIDDLE))), (3, epochs)
-
-
-def _building(build):
-    """`build` as KerasTuner wants it: of a model, or a function of the rate, one of `hp`."""
-    if isinstance(build, keras.Model):
-        config = build.optimizer.get_config() if build.compiled else {}
-        if not isinstance(config.get("learning_rate"), (int, float)):
-            checks.refuse("build", "a model that is compiled with an optimizer, its learning rate a number", build)
-        of_rate = functools.partial(_copied, build)
-    elif callable(build) and next(iter(inspect.signature(build).parameters), None) == oracle.RATE:
-        of_rate = build
-    else:
-        return build
-    default = math.sqrt(math.prod(RANGE))
-    return lambda hp: of_rate(hp.Float(oracle.RATE, *RANGE, sampling="log", default=default))
-
-
-def _copied(model, rate):
-    twin = weights.copy_of(model)
-    twin.optimizer.learning_rate = rate
-    return twin

@@ -39,10 +39,10 @@ def train(fit, model, objective, explode, args, kwargs, *, before=None, horizon=
     loss = known.get("val_loss", known.get("loss"))
     guard = Guard(loss, explode, lambda logs: check_objective(objective, logs), horizon)
     results = fit(*args, **kwargs | {"callbacks": [*(kwargs.get("callbacks") or []), guard]})
-    penalties = penalties_of(objective, known, guard.untrained if loss is None else loss, explode)
     values = objective_values(results, objective)
+    penalties = penalties_of(objective, known, guard.untrained if loss is None else loss, explode, values)
     diverged = guard.diverged or not all(map(math.isfinite, values))
-    if objective.name in known and objective.direction == "min" and values:
+    if known.get(objective.name) and objective.direction == "min" and values:
         diverged |= values[-1] > limit(known[objective.name], explode)
     return Training(results, diverged, known, penalties, float(objective.get_value(penalties)), guard.untrained)
 
@@ -60,18 +60,27 @@ def check_objective(objective, logs) -> None:
 def objective_values(results, objective) -> list[float]:
     """The objective of each epoch, or the one number that a `fit` has returned."""
     if isinstance(results, keras.callbacks.History):
-        epochs = [dict(zip(results.history, row, strict=True)) for row in zip(*results.history.values(), strict=True)]
+        names = [name for name in names_of(objective) if name in results.history]
+        epochs = [dict(zip(names, row, strict=True)) for row in zip(*map(results.history.get, names), strict=False)]
         return [float(objective.get_value(logs)) for logs in epochs if objective.has_value(logs)]
     if isinstance(results, dict):
         return [float(results[objective.name])] if objective.name in results else []
     return [float(results)] if isinstance(results, (int, float, np.floating)) else []
 
 
-def penalties_of(objective, known, loss, explode) -> dict:
-    """Finite stand-ins for the objectives of a training that diverged: worse than untrained, but not by much."""
-    names, found = getattr(objective, "name_to_direction", {objective.name: objective.direction}), {}
-    for name, direction in names.items():
-        base = known.get(name, loss if direction == "min" else None)
+def names_of(objective) -> dict:
+    """The metrics of an objective, which may be several, and their directions."""
+    return getattr(objective, "name_to_direction", {objective.name: objective.direction})
+
+
+def penalties_of(objective, known, loss, explode, values=()) -> dict:
+    """Finite stand-ins for the objectives of a training that diverged: worse than untrained, but not by much.
+
+    Where nothing is known of a metric to maximise, its lowest value in the training stands in.
+    """
+    found = {}
+    for name, direction in names_of(objective).items():
+        base = known.get(name, loss if direction == "min" else min(filter(math.isfinite, values), default=None))
         if base is None or not math.isfinite(base):
             found[name] = 1.0 if direction == "min" else 0.0
         else:
@@ -80,32 +89,40 @@ def penalties_of(objective, known, loss, explode) -> dict:
 
 
 def untrained(model, *args, **kwargs) -> dict:
-    """The metrics of the model as it is, on the validation data, or on some of the training data without such."""
-    given = inspect.signature(keras.Model.fit).bind_partial(model, *args, **kwargs).arguments
-    x, y, held = given.get("x"), given.get("y"), given.get("validation_data")
-    size = {"batch_size": given["batch_size"]} if given.get("batch_size") else {}
-    if hasattr(held, "__next__"):  # a generator, which can be read once
+    """The metrics of the model as it is, on the validation data, or on some of the training data without such.
+
+    Nothing is known where these can be read only once, or are not what `Model.fit` takes.
+    """
+    try:
+        given = inspect.signature(keras.Model.fit).bind_partial(model, *args, **kwargs).arguments
+    except TypeError:
+        return {}
+    held, steps, size = given.get("validation_data"), given.get("validation_steps"), given.get("batch_size")
+    if hasattr(held, "__next__"):
         return {}
     if held is not None:
-        data, prefix = held, "val_"
-        size |= {"steps": given["validation_steps"]} if given.get("validation_steps") else {}
+        prefix, size = "val_", given.get("validation_batch_size") or size
+        x, y, weights = keras.utils.unpack_x_y_sample_weight(tuple(held) if isinstance(held, list) else held)
     else:
-        data, prefix = (x, y) if y is not None else x, ""
-    if backends.is_dataset(data):
-        data, size = data.take(BATCHES), {}
-    elif isinstance(data, (tuple, list)) and len(data) <= 3:
-        data = keras.tree.map_structure(lambda part: None if part is None else part[:ROWS], tuple(data))
-    elif held is None and not hasattr(data, "shape"):  # a generator or a PyDataset, which may not be read twice
-        return {}
-    else:
-        size = {} if not hasattr(data, "shape") else size
-    inputs = keras.utils.unpack_x_y_sample_weight(data) if isinstance(data, tuple) else (data, None, None)
-    x, y, weights = (*inputs, None, None)[:3]
-    found = model.evaluate(x, y, sample_weight=weights, verbose=0, return_dict=True, **size)
+        prefix, x, y, weights, steps = "", given.get("x"), given.get("y"), None, None
+        if backends.is_dataset(x):
+            x = x.take(BATCHES)
+        elif _are_arrays(x):
+            x, y = keras.tree.map_structure(lambda part: None if part is None else part[:ROWS], (x, y))
+        else:
+            return {}
+    how = {"steps": steps} if steps else {}
+    how |= {"batch_size": size} if size and _are_arrays(x) else {}
+    found = model.evaluate(x, y, sample_weight=weights, verbose=0, return_dict=True, **how)
     found = {prefix + name: float(value) for name, value in found.items() if math.isfinite(value)}
     if not prefix and given.get("validation_split"):
         found |= {f"val_{name}": value for name, value in found.items()}
     return found
+
+
+def _are_arrays(x) -> bool:
+    parts = keras.tree.flatten(x)
+    return bool(parts) and all(hasattr(part, "shape") for part in parts)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 
 from kopt import checks
 from kopt.tuner import engine, trial
+from kopt.tuner.plan import seed_of
 
 SEED = "kopt/seed"  # of the training, where a search says it
 KEPT = "all", "best", "none"
@@ -26,11 +27,13 @@ class Wrapped(keras_tuner.HyperModel):
             checks.refuse("build", allowed, build)
         self.inner = build
         self.seed = checks.count(0)("seed", seed)
-        self.explode = checks.positive("explode", explode)
+        self.explode = checks.above_one("explode", explode)
         self.keep_weights = checks.one_of(*KEPT)("keep_weights", keep_weights)
         self.horizon_epochs = checks.optional(checks.count(1))("horizon_epochs", horizon_epochs)
+        self.policy, self.distribution = keras.config.dtype_policy(), keras.distribution.distribution()
         self.execution = 0  # how often the model of these hyperparameters has been trained already
         self.trained = None  # the hyperparameters of the last training
+        self.scores: list = []  # of the trainings of these hyperparameters
 
     def declare_hyperparameters(self, hp):
         if isinstance(self.inner, keras_tuner.HyperModel):
@@ -38,7 +41,10 @@ class Wrapped(keras_tuner.HyperModel):
 
     def build(self, hp):
         self.execution = self.execution if hp is self.trained else 0
-        keras.utils.set_random_seed(hp.values.get(SEED) or seed_of(self.seed, self.execution))
+        keras.config.set_dtype_policy(self.policy)  # KerasTuner clears the session, and with it these two
+        keras.distribution.set_distribution(self.distribution)
+        seed = hp.values.get(SEED)
+        keras.utils.set_random_seed(seed_of(self.seed, self.execution) if seed is None else seed)
         with trial.fatal("`build`"):
             model = getattr(self.inner, "build", self.inner)(hp)
         if not isinstance(model, keras.Model) or not model.compiled:
@@ -56,15 +62,20 @@ class Wrapped(keras_tuner.HyperModel):
         horizon = self.horizon_epochs or running.horizon
         done = self.train(hp, model, running.objective, args, kwargs, before, horizon)
         running.save(model)
+        self.scores = [*(self.scores if self.execution else []), running.score(done)]
         self.trained, self.execution = hp, self.execution + 1
-        if self.keep_weights == "best" and not running.is_rung and self.execution >= running.executions:
-            running.keep_best(done)
+        if self.keep_weights == "best" and not running.is_rung and self.execution == running.executions:
+            running.keep_best(self.scores)
         return told(done, running.objective)
+
+    @property
+    def has_own_fit(self) -> bool:
+        """Whether the user's `fit` trains, and not the model's."""
+        return getattr(type(self.inner), "fit", keras_tuner.HyperModel.fit) is not keras_tuner.HyperModel.fit
 
     def train(self, hp, model, objective, args, kwargs, before=None, horizon=None) -> trial.Training:
         """Train by the user's own `fit`, if there is one, or the model's."""
-        own = getattr(self.inner, "fit", None)
-        fit = functools.partial(own, hp, model) if own else model.fit
+        fit = functools.partial(self.inner.fit, hp, model) if self.has_own_fit else model.fit
         with trial.fatal("The training"):
             return trial.train(fit, model, objective, self.explode, args, kwargs, before=before, horizon=horizon)
 
@@ -110,11 +121,6 @@ def wrap(build, *, seed: int = 0, explode: float = 3.0, keep_weights: str = "all
         True
     """
     return Wrapped(build, seed, explode, keep_weights, horizon_epochs)
-
-
-def seed_of(seed, number) -> int:
-    """A seed that has nothing in common with those of other numbers."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
 
 
 def told(done, objective):
@@ -188,12 +194,15 @@ class Running:
             if best and not os.path.exists(best):  # no epoch had a finite objective; KerasTuner reads it all the same
                 model.save_weights(best)
 
-    def keep_best(self, done) -> None:
-        saver = next(filter(self._saves, self.given), None)
+    def score(self, done) -> float:
+        """The best epoch, as KerasTuner has it."""
         values = [done.penalty] if done.diverged else trial.objective_values(done.results, self.objective)
-        if saver and values:
-            best = (min if self.objective.direction == "min" else max)(values)
-            keep_best(self.tuner, self.trial, best, os.path.basename(saver.filepath))
+        return (min if self.objective.direction == "min" else max)(values, default=done.penalty)
+
+    def keep_best(self, scores) -> None:
+        saver = next(filter(self._saves, self.given), None)
+        if saver:
+            keep_best(self.tuner, self.trial, float(np.mean(scores)), os.path.basename(saver.filepath))
 
 
 def keep_best(tuner, one, score, filename) -> None:
