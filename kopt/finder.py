@@ -6,6 +6,7 @@ import warnings
 from kopt import _keras, checks
 from kopt._keras import stepping
 from kopt.callbacks.finder import LearningRateFinder
+from kopt.optimizers.quasi_newton.optimizer import QuasiNewton
 from kopt.range_test import RangeTest
 
 
@@ -61,6 +62,8 @@ def find_learning_rate(
     """
     if not getattr(model, "compiled", False) or getattr(model, "optimizer", None) is None:
         checks.refuse("model", "a compiled model, with an optimizer", model)
+    if isinstance(model.optimizer, QuasiNewton):
+        checks.refuse("model", "compiled with an optimizer that has a learning rate", model.optimizer)
     for name in ("epochs", "initial_epoch", "callbacks", "validation_data", "validation_split"):
         if name in fit_arguments:
             checks.refuse(name, "left out: a range test is one short training without them", fit_arguments[name])
@@ -73,6 +76,7 @@ def find_learning_rate(
     epochs = 2 * (finder.steps + 1) * window  # enough, of one batch each, even if some updates are skipped
     with _as_it_was(model), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Your input ran out of data")
+        warnings.filterwarnings("ignore", "`shuffle=True` was passed")  # which nobody has
         try:
             model.fit(x, y, epochs=epochs, verbose=0, callbacks=[finder], **fit_arguments)
         finally:

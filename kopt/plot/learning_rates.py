@@ -66,8 +66,8 @@ def search(result, *, ax=None):
     """
     if not hasattr(result, "trials") or not hasattr(result, "cliff"):
         checks.refuse("result", "the `result` of a kopt.tuner.LearningRateSearch", result)
-    ax, rows = axes(ax), [row for row in result.trials if row["kind"] != "range test" and row["score"] is not None]
-    good = [row for row in rows if not row["diverged"]]
+    ax, rows = axes(ax), [row for row in result.trials if row["kind"] != "range test" and row["status"] == "COMPLETED"]
+    good = [row for row in rows if row["score"] is not None and not row["diverged"]]
     kinds = list(dict.fromkeys(row["kind"] for row in good))
     for place, kind in enumerate(kinds):
         shown = sorted((row["learning_rate"], row["score"]) for row in good if row["kind"] == kind)

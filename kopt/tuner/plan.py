@@ -12,8 +12,9 @@ import numpy as np
 WIDEN = 100.0  # the factor by which a range of the first stage grows, or moves
 FLAT = 0.01  # of the untrained score, by which somebody must have moved
 TIE = 1e-6  # of a score, by which rates of the whole first range must differ if they have moved anything
-NEAR = 0.25  # decades within which rates count as neighbours
+NEAR = 0.2  # decades within which rates count as neighbours
 GAP = 1.2  # between a rate that is stable and one that is not, when the cliff is found
+FRESH = 1000  # the number of the first seed that confirms
 RETREATS = 3  # how often the confirmed rate is halved, where seeds diverge
 
 
@@ -37,8 +38,12 @@ class Settings:
     seed: int = 0
 
     def seed_of(self, number) -> int:
-        """The seed of a training: 0 is the one that all trials of the stages have in common."""
+        """The seed that the trials of a stage have in common: of the first 0, of the second 1."""
         return seed_of(self.seed, number)
+
+    def fresh_seeds(self) -> list[int]:
+        """Those that confirm."""
+        return [seed_of(self.seed, FRESH + number) for number in range(self.confirm)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +92,29 @@ class Arm:
     def __init__(self, batch_size, low, high):
         self.batch_size, self.low, self.high = batch_size, low, high
         self.tried: list[tuple[Item, Outcome]] = []
+        self.exploded = False  # whether a range test has found an end of the range
 
     def results(self, kind) -> list[tuple[Item, Outcome]]:
         return sorted((pair for pair in self.tried if pair[0].kind == kind), key=lambda pair: pair[0].learning_rate)
 
+    def ranked(self, kind) -> list[tuple[Item, Outcome]]:
+        """The good ones, best first, each seen with its neighbours: a single one near the cliff is a matter of luck."""
+        results = [pair for pair in self.results(kind) if pair[1].is_good or pair[1].diverged]
+        known = [outcome.score for _, outcome in results if outcome.is_good]
+        if not known:
+            return []
+        bad = 2 * max(known) - min(
+            known
+        )  # what a rate counts that diverged: worse than the worst by all that they span
+        scores = np.array([outcome.score if outcome.is_good else bad for _, outcome in results])
+        logs = np.log10([item.learning_rate for item, _ in results])
+        weights = np.exp(-0.5 * np.square((logs[:, None] - logs) / NEAR))
+        around = weights @ scores / weights.sum(1)
+        order = np.argsort(around, kind="stable")
+        return [results[place] for place in order if results[place][1].is_good]
+
     def best(self, kind) -> tuple[Item, Outcome] | None:
-        good = [pair for pair in self.results(kind) if pair[1].is_good]
-        return min(good, key=lambda pair: pair[1].score, default=None)
+        return next(iter(self.ranked(kind)), None)
 
     def edge(self, kind) -> tuple[str, str] | None:
         """Where the range must grow, "up" or "down", and why; None if the best lies within."""
@@ -106,10 +127,10 @@ class Arm:
         scores = [outcome.score for _, outcome in good]
         if _are_flat(good) or (kind == "stage 1" and len(good) > 1 and np.ptp(scores) <= TIE * abs(scores[0])):
             return None if bad_above else ("up", "none has moved the model")
-        if best is good[-1] and not bad_above and scores[-1] < min(scores[:-1], default=math.inf):
+        if best is good[-1] and not bad_above:
             return "up", "the best is the highest"
-        is_lowest = best is good[0] and scores[0] < min(scores[1:], default=math.inf)
-        return ("down", "the best is the lowest") if is_lowest else None
+        is_tied = len(good) > 1 and scores[0] == scores[1]
+        return ("down", "the best is the lowest") if best is good[0] and not is_tied else None
 
     def stable_and_cliff(self) -> tuple[float | None, float | None]:
         """The highest rate below all that diverged, and the lowest that did."""
@@ -155,6 +176,7 @@ def course(settings: Settings, say=lambda line: None):
     for number, (trials, epochs) in enumerate(settings.stages):
         yield from _stage(settings, arms, number, trials, epochs, say)
         kind = f"stage {number + 1}"
+        _say_what_is_strange(arms, kind, say)
         alive = [arm for arm in arms if arm.best(kind)]
         if not alive:
             say(f"Every learning rate of {kind} has diverged or failed: look at the model, the loss and the data.")
@@ -166,6 +188,15 @@ def course(settings: Settings, say=lambda line: None):
     arm, kind = arms[0], f"stage {len(settings.stages)}"
     yield from _cliff(settings, arm)
     return (yield from _confirm(settings, arm, kind, say))
+
+
+def _say_what_is_strange(arms, kind, say) -> None:
+    """Of a stage in which the rate makes no difference."""
+    good = [pair for arm in arms for pair in arm.results(kind) if pair[1].is_good]
+    if kind == "stage 1" and len(good) > 2 and len({outcome.score for _, outcome in good}) == 1 and not _are_flat(good):
+        say(f"In {kind} all rates come to the same score: does a callback set the rate?")
+    elif good and _are_flat(good):
+        say(f"In {kind} no rate has changed the score of the untrained model by 1 %: longer trainings may tell more.")
 
 
 def _try(arms_and_items):
@@ -181,7 +212,7 @@ def _range_test(settings, arms, say):
     outcomes = yield from _try(list(zip(arms, items, strict=True)))
     for arm, found in zip(arms, outcomes, strict=True):
         if found.diverged_at is not None and arm.low < found.diverged_at < arm.high:
-            arm.high = found.diverged_at
+            arm.high, arm.exploded = found.diverged_at, True
         if found.suggestion is not None:
             arm.low = max(arm.low, min(found.suggestion / WIDEN, arm.high / WIDEN))
         size = f" (batch size {arm.batch_size})" if arm.batch_size else ""
@@ -190,7 +221,7 @@ def _range_test(settings, arms, say):
 
 def _stage(settings, arms, number, trials, epochs, say):
     """The trials of one stage for all arms, and more where the best lies at an edge."""
-    kind, seed = f"stage {number + 1}", settings.seed_of(0)
+    kind, seed = f"stage {number + 1}", settings.seed_of(number)
 
     def items(arm, low, high, count, again):
         key = [settings.seed, number, arms.index(arm), again]
@@ -212,8 +243,11 @@ def _stage(settings, arms, number, trials, epochs, say):
                 continue
             old = arm.low, arm.high
             factor = WIDEN if number == 0 else max(arm.high / arm.low, 2.0)
+            if arm.exploded and way == "up":
+                factor = min(factor, 10.0)  # the range test has seen an end
             if way == "up":
-                arm.high *= factor
+                cliff = arm.stable_and_cliff()[1] or math.inf
+                arm.high = min(arm.high * factor, max(cliff, arm.high))
                 low, high = old[1], arm.high
             else:
                 arm.low /= factor
@@ -244,7 +278,7 @@ def _confirm(settings, arm, kind, say):
         return _bounds(arm, answer)
     epochs, rates, confirmed = settings.stages[-1][1], _candidates(settings, arm, kind), []
     for left in reversed(range(RETREATS + 1)):
-        seeds = [settings.seed_of(number + 1) for number in range(settings.confirm)]
+        seeds = settings.fresh_seeds()
         items = [Item("confirm", rate, epochs, seed, arm.batch_size) for rate in rates for seed in seeds]
         outcomes = yield from _try([(arm, item) for item in items])
         confirmed += rates
@@ -265,21 +299,10 @@ def _confirm(settings, arm, kind, say):
 
 
 def _candidates(settings, arm, kind) -> list[float]:
-    """The rates of the last stage that are best among their neighbours, and the one that is best by itself.
-
-    A rate is seen with its neighbours, because a single training close to the cliff is a matter of luck.
-    """
-    results = [pair for pair in arm.results(kind) if pair[1].is_good or pair[1].diverged]
-    good = [place for place, (_, outcome) in enumerate(results) if outcome.is_good]
-    known = [results[place][1].score for place in good]
-    bad = 2 * max(known) - min(known)  # what a rate counts that diverged: worse than the worst by all that they span
-    scores = np.array([outcome.score if outcome.is_good else bad for _, outcome in results])
-    logs = np.log10([item.learning_rate for item, _ in results])
-    weights = np.exp(-0.5 * np.square((logs[:, None] - logs) / NEAR))
-    around = weights @ scores / weights.sum(1)
-    ranked = sorted(good, key=lambda place: around[place])
-    chosen = dict.fromkeys([ranked[0], min(good, key=lambda place: scores[place]), *ranked])
-    return [results[place][0].learning_rate for place in chosen][: settings.top]
+    """The rates of the last stage that are best among their neighbours, and the one that is best by itself."""
+    ranked = arm.ranked(kind)
+    alone = min(ranked, key=lambda pair: pair[1].score)
+    return list(dict.fromkeys(item.learning_rate for item, _ in [ranked[0], alone, *ranked]))[: settings.top]
 
 
 def _judged(arm, rates) -> dict[float, list[float]]:
@@ -311,8 +334,7 @@ def _chosen(judged) -> tuple[float, list[float]]:
 def _interval(arm, kind, answer, equal=(), worse=()) -> tuple[float, float]:
     """The rates that are as good, as far as is known: those that fresh seeds have not told from the answer, and of the
     last stage those within a standard error of its best, where no rate that fresh seeds found worse lies between."""
-    _, best = arm.best(kind)
-    allowed = best.score + (answer.error or 0.0)
+    allowed = min(outcome.score for _, outcome in arm.ranked(kind)) + (answer.error or 0.0)
     near = [item.learning_rate for item, outcome in arm.results(kind) if outcome.is_good and outcome.score <= allowed]
     low = max((rate for rate in worse if rate < answer.learning_rate), default=0.0)
     high = min((rate for rate in worse if rate > answer.learning_rate), default=math.inf)

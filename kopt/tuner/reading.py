@@ -34,15 +34,16 @@ def result_in(folder, settings, objective) -> SearchResult:
 
 def _row(one, objective) -> dict:
     values, is_scored = one.hyperparameters.values, one.status == "COMPLETED"
-    is_test = values[oracle.KIND] == "range test"
+    diverged = is_scored and oracle.outcome_of(one, objective).diverged
+    is_result = is_scored and not diverged and values[oracle.KIND] != "range test"  # and no stand-in for one
     return {
         "kind": values[oracle.KIND],
         "learning_rate": values[oracle.RATE],
         "batch_size": values.get(oracle.SIZE),
         "epochs": values[oracle.EPOCHS],
         "seed": values[oracle.SEED],
-        "score": float(one.score) if is_scored and not is_test else None,
-        "diverged": is_scored and oracle.outcome_of(one, objective).diverged,
+        "score": float(one.score) if is_result else None,
+        "diverged": diverged,
         "status": one.status,
     }
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import inspect
+import json
 import os
 import time
 import warnings
@@ -12,6 +13,7 @@ import keras_tuner
 import numpy as np
 
 from kopt import checks, finder
+from kopt.callbacks.finder import LearningRateFinder
 from kopt.tuner import building, engine, oracle, plan, reading, trial
 from kopt.tuner.result import SearchResult
 from kopt.tuner.wrap import KEPT, Wrapped, keep_best
@@ -93,7 +95,7 @@ class LearningRateSearch(engine.Tuner):
         self.stages = checks.optional(_stages)("stages", stages)
         self.confirm, self.top = checks.count(0)("confirm", confirm), checks.count(1)("top", top)
         sizes = checks.several(checks.count(1), "a list of integers of 1 or more")
-        self.batch_sizes = checks.optional(sizes)("batch_sizes", batch_sizes)
+        self.batch_sizes = list(dict.fromkeys(checks.optional(sizes)("batch_sizes", batch_sizes) or [])) or None
         self.range_test = checks.boolean("range_test", range_test)
         self.max_widen = checks.count(0)("max_widen", max_widen)
         self.keep_weights = checks.one_of(*KEPT)("keep_weights", keep_weights)
@@ -101,6 +103,11 @@ class LearningRateSearch(engine.Tuner):
         hypermodel = Wrapped(building.of_hp(build), seed, explode, "none", None)
         if not isinstance(objective, (str, keras_tuner.Objective)) or hasattr(objective, "name_to_direction"):
             checks.refuse("objective", "the name of one metric, or a keras_tuner.Objective", objective)
+        directory = checks.optional(checks.path)("directory", directory)
+        try:
+            os.makedirs(directory or ".", exist_ok=True)
+        except OSError as error:
+            checks.refuse("directory", f"a folder, or a path where one can be made ({error})", directory)
         with _as_raised():
             super().__init__(
                 oracle.CoarseToFine(objective, 2**31), hypermodel, directory=directory,
@@ -133,6 +140,9 @@ class LearningRateSearch(engine.Tuner):
         for name in ("x", "validation_data"):
             if hasattr(given.get(name), "__next__"):
                 checks.refuse(name, "data that can be read again, for every trial: no generator", given[name])
+        if self.batch_sizes and not (has_own_fit or trial.are_arrays(given.get("x"))):
+            checks.refuse("batch_sizes", "None beside data that come in batches", self.batch_sizes)
+        fit_kwargs["callbacks"] = _callbacks(fit_kwargs.get("callbacks"))
         stages = self.stages or _default_stages(longest)
         has_range_test = self.range_test and not has_own_fit and given.get("x") is not None
         self.settings = plan.Settings(
@@ -142,6 +152,7 @@ class LearningRateSearch(engine.Tuner):
         shown = 1 if verbose == "auto" else checks.count(0)("verbose", verbose)
         self.fit_verbose, self._result = "auto" if shown > 1 else 0, None
         if not engine.is_worker():
+            self._check_project(given)
             self.oracle.begin(self.settings, _print if shown else lambda line: None)
         with _as_raised():
             if not engine.is_chief() and not has_own_fit:
@@ -151,6 +162,24 @@ class LearningRateSearch(engine.Tuner):
             print("\n".join(["", *self.result.verdict()]))
         if self.result.is_complete and self.result.learning_rate is None:
             warnings.warn(" ".join([*self.result.notes[-1:], *self.result.verdict()]), stacklevel=2)
+
+    def _check_project(self, given) -> None:
+        """Refuse to go on with the search of another model or other data; what can be told of them lies in a file."""
+        path, here = os.path.join(self.project_dir, "search.json"), {"explode": self.hypermodel.explode}
+        with _as_raised():
+            model = self.hypermodel.build(keras_tuner.HyperParameters())
+        here["model"] = [list(weight.shape) for weight in model.weights]
+        here["optimizer"] = type(model.optimizer).__name__
+        for name in ("x", "y", "validation_data", "batch_size", "steps_per_epoch", "validation_split"):
+            here[name] = _described(given.get(name))
+        if self.oracle.trials and os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                there = json.load(file)
+            for name in here:
+                if there.get(name) != here[name]:
+                    what = f"here is a search with {name}={there.get(name)!r}, not {here[name]!r}"
+                    checks.refuse("overwrite", f"True, or `project_name` another one: {what}", False)
+        engine.write_json(path, here)
 
     def pre_create_trial(self):
         if self._was_idle:
@@ -278,6 +307,24 @@ def _as_raised():
         caught = error.__cause__ or error
     if caught is not None:
         raise caught  # out here, so that it keeps its own cause and context
+
+
+def _callbacks(given) -> list:
+    """The callbacks for `fit`, of which none may take the rate into its own hands."""
+    listed = [given] if isinstance(given, keras.callbacks.Callback) else given or []
+    allowed = "callbacks of Keras or kopt, without `LearningRateFinder`"
+    is_fit = isinstance(listed, (list, tuple)) and all(isinstance(one, keras.callbacks.Callback) for one in listed)
+    if not is_fit or any(isinstance(one, LearningRateFinder) for one in listed):
+        checks.refuse("callbacks", allowed, given)
+    return list(listed)
+
+
+def _described(data):
+    """What tells data from other data, for a file: shapes, numbers, and the kind of anything else."""
+    if data is None or isinstance(data, (int, float, str)):
+        return data
+    parts = keras.tree.flatten(data)
+    return [list(part.shape) if hasattr(part, "shape") else type(part).__name__ for part in parts]
 
 
 def _print(line) -> None:

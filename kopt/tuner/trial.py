@@ -107,12 +107,12 @@ def untrained(model, *args, **kwargs) -> dict:
         prefix, x, y, weights, steps = "", given.get("x"), given.get("y"), None, None
         if backends.is_dataset(x):
             x = x.take(BATCHES)
-        elif _are_arrays(x):
+        elif are_arrays(x):
             x, y = keras.tree.map_structure(lambda part: None if part is None else part[:ROWS], (x, y))
         else:
             return {}
     how = {"steps": steps} if steps else {}
-    how |= {"batch_size": size} if size and _are_arrays(x) else {}
+    how |= {"batch_size": size} if size and are_arrays(x) else {}
     found = model.evaluate(x, y, sample_weight=weights, verbose=0, return_dict=True, **how)
     found = {prefix + name: float(value) for name, value in found.items() if math.isfinite(value)}
     if not prefix and given.get("validation_split"):
@@ -120,7 +120,8 @@ def untrained(model, *args, **kwargs) -> dict:
     return found
 
 
-def _are_arrays(x) -> bool:
+def are_arrays(x) -> bool:
+    """Whether it is an array, or a structure of arrays."""
     parts = keras.tree.flatten(x)
     return bool(parts) and all(hasattr(part, "shape") for part in parts)
 

@@ -22,7 +22,7 @@ class Wrapped(keras_tuner.HyperModel):
 
     def __init__(self, build, seed, explode, keep_weights, horizon_epochs):
         super().__init__()
-        if not callable(getattr(build, "build", build)):
+        if isinstance(build, keras.Model) or not callable(getattr(build, "build", build)):
             allowed = "a function `build(hp)` that returns a compiled model, or a keras_tuner.HyperModel"
             checks.refuse("build", allowed, build)
         self.inner = build
