@@ -116,11 +116,13 @@ def test_the_answer_and_its_evidence(done):
 
 
 def test_diverged_trials_have_a_finite_penalty(done):
-    rows = [row for row in done.result.trials if row["diverged"]]
-    assert rows
-    assert all(np.isfinite(row["score"]) for row in rows)
-    good = [row["score"] for row in done.result.trials if not row["diverged"] and row["kind"] != "range test"]
-    assert min(row["score"] for row in rows) > max(good)
+    """KerasTuner's score of a trial; what is shown has no score there."""
+    trials = done.oracle.get_best_trials(99)
+    bad = [trial.score for trial in trials if trial.metrics.get_last_value("kopt_diverged")]
+    assert bad
+    assert np.isfinite(bad).all()
+    assert min(bad) > max(trial.score for trial in trials if trial.score not in bad)
+    assert all(row["score"] is None for row in done.result.trials if row["diverged"])
 
 
 def test_report_table_and_csv(done, tmp_path):
@@ -648,3 +650,59 @@ def test_the_best_trials_are_no_range_tests(done):
     kinds = {trial.hyperparameters.values["kopt/kind"] for trial in done.oracle.get_best_trials(99)}
     assert "range test" not in kinds
     assert "confirm" in kinds
+
+
+def test_another_model_or_other_data_are_refused(tmp_path):
+    simulated(tmp_path)
+
+    class Wider(Simulated):
+        def build(self, hp):
+            model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(2)])
+            model.compile(kopt.SGD(kopt.tuner.learning_rate(hp, "sgd")), loss="mse")
+            return model
+
+    with pytest.raises(ValueError, match=r"`overwrite` must be True.*here is a search with model=.*overwrite=False"):
+        simulated(tmp_path, Wider())
+    with pytest.raises(ValueError, match="here is a search with explode=3.0, not 5.0"):
+        simulated(tmp_path, explode=5.0)
+    search = Search(Simulated(), "loss", stages=[(4, 1), (2, 2)], confirm=2, directory=str(tmp_path))
+    with pytest.raises(ValueError, match="here is a search with x=None, not"):
+        search.search(x=X, verbose=0)
+
+
+def test_callbacks_of_a_search(tmp_path):
+    search = Search(linear, stages=[(1, 1)], confirm=0, range_test=False, max_widen=0, directory=str(tmp_path))
+    for wrong in (3, [kopt.callbacks.LearningRateFinder()], ["early"]):
+        with pytest.raises(
+            ValueError, match="`callbacks` must be .*without `LearningRateFinder`. Received: callbacks="
+        ):
+            search.search(**DATA, callbacks=wrong)
+    search.search(**DATA, callbacks=keras.callbacks.EarlyStopping())
+    assert search.result.is_complete
+
+
+@pytest.mark.parametrize("wrong", [3, "/dev/null/x"])
+def test_a_directory_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match="`directory` must be"):
+        Search(linear, directory=wrong)
+
+
+def test_batch_sizes_want_arrays(tmp_path):
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return X[:8], Y[:8]
+
+    search = Search(linear, batch_sizes=[8, 16], directory=str(tmp_path))
+    with pytest.raises(ValueError, match="`batch_sizes` must be None beside data that come in batches"):
+        search.search(Batches(), validation_data=(X, Y), epochs=1)
+
+
+def test_all_rates_alike_are_told(tmp_path):
+    """A callback sets the rate, whatever the search says."""
+    fixed = keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.05)
+    search = Search(linear, stages=[(3, 1)], confirm=0, range_test=False, max_widen=0, directory=str(tmp_path))
+    search.search(**DATA, callbacks=[fixed])
+    assert any("does a callback set the rate?" in note for note in search.result.notes)
