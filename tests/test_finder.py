@@ -302,7 +302,7 @@ REFUSED = [
     (lambda: network("sgd"), {"epochs": 2}, "`epochs` must be left out"),
     (lambda: network("sgd"), {"callbacks": []}, "`callbacks` must be left out"),
     (lambda: network("sgd"), {"validation_split": 0.5}, "`validation_split` must be left out"),
-    (lambda: network(kopt.LBFGS()), {}, "LBFGS has none that can change"),
+    (lambda: network(kopt.LBFGS()), {}, "`model` must be compiled with an optimizer that has a learning rate"),
     (silent, {}, "`loss` must be in what the training step"),
 ]
 

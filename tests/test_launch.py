@@ -287,8 +287,8 @@ while True:
         assert err.splitlines()[-1] == f"[launch] Stopped by {signal.Signals(number).name}."
 
 
-def statuses(tmp_path):
-    return [json.loads(file.read_text())["status"] for file in sorted(tmp_path.glob("search/trial_*/trial.json"))]
+def statuses(tmp_path, project="search"):
+    return [json.loads(file.read_text())["status"] for file in sorted(tmp_path.glob(f"{project}/trial_*/trial.json"))]
 
 
 def restarted(err):
@@ -352,3 +352,56 @@ print(keras.backend.backend(), keras_tuner.engine.base_tuner.BaseTuner.__init__.
 """
     _, out, _ = launched(script)
     assert sum(bool(re.match(r"\[.*\] numpy .*mends.py", line)) for line in out) == 3
+
+
+RATES = """
+import os, signal, sys
+from pathlib import Path
+import keras, numpy as np
+import kopt.tuner
+
+DIRECTORY, MODE = Path(sys.argv[1]), sys.argv[2]
+
+def build(learning_rate):
+    dies, name = DIRECTORY / "dies", os.environ.get("KERASTUNER_TUNER_ID")
+    if MODE == "worker" and name == "worker1" and not dies.exists() and len(list(DIRECTORY.glob("*/trial_*"))) > 4:
+        dies.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(kopt.SGD(learning_rate), loss="mse")
+    return model
+
+x = np.random.default_rng(0).normal(size=(64, 2)) * (np.nan if MODE == "nan" else 1)
+search = kopt.tuner.LearningRateSearch(
+    build, "loss", stages=[(4, 1), (2, 2)], confirm=2, directory=DIRECTORY, project_name=MODE)
+search.search(x, x.sum(1), epochs=2, batch_size=8, verbose=0)
+print("answer:", search.best_learning_rate, len(search.result.trials))
+"""
+
+
+def answers(lines) -> list[str]:
+    return [line.split("answer:")[1] for line in lines if "answer:" in line]
+
+
+@pytest.mark.slow
+def test_workers_find_the_rate_that_one_process_finds(launched, tmp_path):
+    """Also where one of them is killed in a trial; launched again, the search is over."""
+    code, out, err = launched(RATES, arguments=[tmp_path, "worker"])
+    assert code == 0
+    assert restarted(err) == ["worker1"]
+    (alone,) = answers(
+        subprocess.check_output([sys.executable, tmp_path / "script.py", tmp_path, "alone"], text=True).splitlines()
+    )
+    assert answers(out) == [alone] * 3
+    assert statuses(tmp_path, "worker") == statuses(tmp_path, "alone")
+    code, out, err = launched(RATES, arguments=[tmp_path, "worker"])
+    assert (code, answers(out), restarted(err)) == (0, [alone] * 3, [])
+
+
+@pytest.mark.slow
+def test_workers_of_a_search_where_all_is_nan_end(launched, tmp_path):
+    code, out, err = launched(RATES, arguments=[tmp_path, "nan"])
+    assert code == 0
+    assert not restarted(err)
+    assert [answer.split()[0] for answer in answers(out)] == ["None"] * 3
+    assert any("Every learning rate of stage 1 has diverged or failed" in line for line in out)

@@ -103,9 +103,7 @@ class Arm:
         known = [outcome.score for _, outcome in results if outcome.is_good]
         if not known:
             return []
-        bad = 2 * max(known) - min(
-            known
-        )  # what a rate counts that diverged: worse than the worst by all that they span
+        bad = 2 * max(known) - min(known)  # what diverged counts as worse than the worst by all that they span
         scores = np.array([outcome.score if outcome.is_good else bad for _, outcome in results])
         logs = np.log10([item.learning_rate for item, _ in results])
         weights = np.exp(-0.5 * np.square((logs[:, None] - logs) / NEAR))
