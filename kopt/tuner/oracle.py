@@ -136,7 +136,8 @@ class CoarseToFine(engine.Oracle):
         values, outcome, here = trial.hyperparameters.values, outcome_of(trial, self.objective), self.progress()
         ended = sum(one.status in engine.ENDED for one in here.trials.values())
         size = f", batch size {values[SIZE]}" if SIZE in values else ""
-        head = f"{ended}/{len(here.items)} {values[KIND]}: "
+        later = self._later(here)
+        head = f"{ended}/{len(here.items) + sum(count for count, _ in later)} {values[KIND]}: "
         if values[KIND] == "range test":
             found = "suggests no rate" if outcome.suggestion is None else f"suggests {outcome.suggestion:.2g}"
             tail = "" if outcome.diverged_at is None else f", explodes at {outcome.diverged_at:.2g}"
@@ -146,7 +147,7 @@ class CoarseToFine(engine.Oracle):
         value = (
             ": ".join(["failed", *why]) if outcome.failed else "diverged" if outcome.diverged else f"{trial.score:.4g}"
         )
-        return f"{head}{what}{self.objective.name} {value}{self._best(values[EPOCHS])}{self._left(here)}"
+        return f"{head}{what}{self.objective.name} {value}{self._best(values[EPOCHS])}{self._left(here, later)}"
 
     def get_best_trials(self, num_trials=1):
         found = super().get_best_trials(len(self.trials))
@@ -161,14 +162,16 @@ class CoarseToFine(engine.Oracle):
         best = min(good, key=lambda trial: outcome_of(trial, self.objective).score)
         return f" (best {best.score:.4g} at {best.hyperparameters.values[RATE]:.2e})"
 
-    def _left(self, here) -> str:
-        """The time that is left: what is planned by now, at so many seconds a trial and an epoch."""
-        known, planned = {item.kind for item in here.items}, self.settings.stages
-        left = [(1, here.items[place].epochs) for place in here.untried]
-        left += [(n, n * epochs) for i, (n, epochs) in enumerate(planned) if f"stage {i + 1}" not in known]
-        if "confirm" not in known:
-            count = self.settings.confirm * self.settings.top
-            left.append((count, count * planned[-1][1]))
+    def _later(self, here) -> list[tuple[int, int]]:
+        """The trials that are not planned yet, as far as can be told, and how many epochs they have together."""
+        known, stages = {item.kind for item in here.items}, self.settings.stages
+        counts = {f"stage {i + 1}": stage for i, stage in enumerate(stages)}
+        counts["confirm"] = self.settings.confirm * self.settings.top, stages[-1][1]
+        return [(n, n * epochs) for kind, (n, epochs) in counts.items() if kind not in known and not here.answer]
+
+    def _left(self, here, later) -> str:
+        """The time that is left, at so many seconds a trial and an epoch."""
+        left = [(1, here.items[place].epochs) for place in here.untried] + later
         epochs, seconds = np.array(self.spent).T
         costs = np.linalg.lstsq(np.stack([np.ones_like(epochs), epochs], 1), seconds, rcond=None)[0]
         seconds = float(np.sum(np.array(left) @ costs.clip(0))) / max(len(self.tuner_ids), 1) if left else 0

@@ -41,7 +41,8 @@ class LearningRateSearch(engine.Tuner):
         build: A function of `hp` that returns a compiled model and asks for `kopt.tuner.learning_rate(hp)`, or for an
             `hp.Float` called "learning_rate", whose range it is then; a function of `learning_rate`; or a compiled
             model, which is copied for each trial, weights and all.
-        objective: A metric of the logs, or a `keras_tuner.Objective`.
+        objective: A metric of the logs, or a `keras_tuner.Objective`. A trial counts its mean over the last tenth of
+            the epochs.
         min_learning_rate: The lowest rate, at first; by default what `build` says, or 1e-6.
         max_learning_rate: The highest rate, at first; by default what `build` says, or 10.
         stages: The number of trials and their epochs for each stage; by default 9 with a tenth of the epochs of
@@ -49,7 +50,7 @@ class LearningRateSearch(engine.Tuner):
         confirm: With how many fresh seeds the best are trained; 0 trusts the last stage.
         top: How many rates are confirmed.
         batch_sizes: Several batch sizes to search at the same time; each stage leaves half of them.
-        range_test: Whether to begin with a range test.
+        range_test: Whether to begin with a range test, which needs a "loss" in the logs of each batch.
         max_widen: How often a stage may widen its range.
         explode: How many times the untrained loss is too much.
         keep_weights: "none", "best" (of the best trial), or "all": the weights at the end of trials.
@@ -286,7 +287,8 @@ class LearningRateSearch(engine.Tuner):
         return super().get_best_models(num_models)
 
     def build_best(self) -> keras.Model:
-        """A fresh model with the rate that was found."""
+        """A fresh model with the rate that was found. Train it with `best_batch_size`, if several were tried, and where
+        the rate has a kopt schedule without a length of its own, with a callback of kopt."""
         if self.best_learning_rate is None:
             raise RuntimeError(" ".join(["There is no best model.", *self.result.notes[-1:]]))
         return self.hypermodel.build(self.get_best_hyperparameters()[0])
@@ -333,10 +335,12 @@ def _print(line) -> None:
 
 def _stages(name, value) -> tuple:
     """Pairs of a number of trials and their epochs."""
-    allowed = "a list of pairs: the number of trials and their epochs, integers of 1 or more"
+    allowed = "a list of pairs: the number of trials and their epochs, 1 or more each, no epochs below those before"
     pair = checks.several(checks.count(1), allowed)
     found = checks.several(lambda name, one: tuple(pair(name, one)), allowed)(name, value)
-    return tuple(found) if all(len(one) == 2 for one in found) else checks.refuse(name, allowed, value)
+    if any(len(one) != 2 for one in found) or sorted(found, key=lambda one: one[1]) != found:
+        checks.refuse(name, allowed, value)
+    return tuple(found)
 
 
 def _default_stages(epochs) -> tuple:
