@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -160,7 +161,17 @@ def test_the_best_between_what_rests_and_what_explodes():
         )
 
     found = [search(world, seed=seed)[0].learning_rate for seed in range(40)]
-    assert sum(0.05 < rate < 0.1 for rate in found) >= 39
+    assert all(0.05 < rate < 0.1 for rate in found)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_longer_trainings_look_further_down_and_at_the_best_again(seed):
+    """The best rate falls as trainings get longer: the way that weights go is the same."""
+    answer, tried, _ = search(lambda item: bowl(item, best=0.01 / item.epochs), seed=seed)
+    assert 0.0005 < answer.learning_rate < 0.002
+    for before, kind in itertools.pairwise(KINDS):
+        (again,) = set(rates(tried, before)) & set(rates(tried, kind))
+        assert min(rates(tried, kind)) < again / 2
 
 
 def test_a_cliff_above_is_no_reason_to_widen():

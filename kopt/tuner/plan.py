@@ -91,6 +91,8 @@ class Arm:
 
     def __init__(self, batch_size, low, high):
         self.batch_size, self.low, self.high = batch_size, low, high
+        self.bottom = low  # below which nothing has asked to look
+        self.carried: float | None = None  # the best of the last stage, which the next one tries again
         self.tried: list[tuple[Item, Outcome]] = []
         self.exploded = False  # whether a range test has found an end of the range
 
@@ -137,17 +139,21 @@ class Arm:
         below = max((rate for rate in stable if rate < cliff), default=None)
         return below, cliff if math.isfinite(cliff) else None
 
-    def narrow(self, kind) -> None:
-        """Look around the best, between its neighbours; where it has none, within the range.
+    def narrow(self, kind, longer) -> None:
+        """Look around the best, and at it again, between its neighbours; where it has none, within the range.
 
+        Trainings that are so many times `longer` go as far with a rate so many times lower: that one is in it, too.
         Where none has moved the model, the highest that is stable counts as the best.
         """
         rates = [item.learning_rate for item, _ in self.results(kind)]
         good = [pair for pair in self.results(kind) if pair[1].is_good]
-        best = (good[-1] if _are_flat(good) else self.best(kind))[0].learning_rate
+        is_flat = _are_flat(good)
+        best = (good[-1] if is_flat else self.best(kind))[0].learning_rate
         place, step = rates.index(best), math.sqrt(10)
         self.low = rates[place - 1] if place else max(self.low, best / step)
         self.high = rates[place + 1] if place + 1 < len(rates) else min(self.high, best * step)
+        if not is_flat:
+            self.low, self.carried = min(self.low, max(self.bottom, best / longer)), best
 
 
 def _are_flat(good) -> bool:
@@ -182,7 +188,7 @@ def course(settings: Settings, say=lambda line: None):
         arms = sorted(alive, key=lambda arm: arm.best(kind)[1].score)[: max(1, math.ceil(len(arms) / 2))]
         if number + 1 < len(settings.stages):
             for arm in arms:
-                arm.narrow(kind)
+                arm.narrow(kind, settings.stages[number + 1][1] / epochs)
     arm, kind = arms[0], f"stage {len(settings.stages)}"
     yield from _cliff(settings, arm)
     return (yield from _confirm(settings, arm, kind, say))
@@ -224,6 +230,8 @@ def _stage(settings, arms, number, trials, epochs, say):
     def items(arm, low, high, count, again):
         key = [settings.seed, number, arms.index(arm), again]
         rates = spread(low, high, count, key)
+        if arm.carried and not again:
+            rates[np.argmin(np.abs(np.log(np.array(rates) / arm.carried)))] = arm.carried
         return [(arm, Item(kind, rate, epochs, seed, arm.batch_size)) for rate in rates]
 
     wanted = [pair for arm in arms for pair in items(arm, arm.low, arm.high, trials, 0)]
@@ -249,6 +257,7 @@ def _stage(settings, arms, number, trials, epochs, say):
                 low, high = old[1], arm.high
             else:
                 arm.low /= factor
+                arm.bottom = min(arm.bottom, arm.low)
                 low, high = arm.low, old[0]
             say(f"{head}: {way} to {arm.high if way == 'up' else arm.low:.2g}.")
             wanted += items(arm, low, high, max(2, math.ceil(trials / 2)), again)
