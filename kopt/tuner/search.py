@@ -28,7 +28,8 @@ class LearningRateSearch(engine.Tuner):
     1. A range test (`kopt.find_learning_rate`) looks at the whole range at once.
     2. Each stage trains with rates spread over its range, all from the same seed, for a budget of epochs. A training is
        ended when its loss explodes. Where the best rate lies at an edge, all diverge or none moves the model, the range
-       widens and the stage goes on. The next stage looks around the best.
+       widens and the stage goes on. The next stage looks at the best again, around it, and below it: longer trainings
+       want lower rates.
     3. The lowest rate that diverges is narrowed down, which costs a few of the shortest trials.
     4. The best rates are trained with fresh seeds; a rate that diverges with one of them is out. The answer is the
        lowest that is not worse than the best, seed by seed, by more than a standard error.
