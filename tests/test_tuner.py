@@ -578,6 +578,25 @@ def test_the_untrained_loss_is_that_of_evaluate(tmp_path):
     assert metric(trial, "kopt_untrained_val_loss") == pytest.approx(expected, rel=1e-5)
 
 
+HEAVY = {"sample_weight": np.full(24, 10.0)}
+
+
+@pytest.mark.parametrize(
+    ("objective", "given"),
+    [("loss", HEAVY), ("val_loss", HEAVY | {"validation_split": 0.25}), ("loss", {"class_weight": {0: 10.0, 1: 10.0}})],
+    ids=["weights", "split", "classes"],
+)
+def test_weights_of_rows_are_no_divergence(objective, given, tmp_path):
+    """The untrained loss is weighed as the training's is."""
+
+    def careful(hp):
+        return network(kopt.SGD(kopt.tuner.learning_rate(hp, around=1e-4)))
+
+    tuner = tuner_of("RandomSearch", kopt.tuner.wrap(careful), tmp_path, objective, trials=1)
+    tuner.search(X, (Y > 0).astype("float32"), epochs=1, batch_size=8, verbose=0, **given)
+    assert [metric(trial, "kopt_diverged") for trial in trials_of(tuner)] == [0.0]
+
+
 @ON_TENSORFLOW
 def test_old_ways_of_a_hypermodel(tmp_path):
     """`declare_hyperparameters`, and a `fit` that has hyperparameters itself."""

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kopt.tuner import plan
-from kopt.tuner.plan import Outcome
+from kopt.tuner.arm import Arm, Item, Outcome
 
 STAGES = (9, 1), (5, 3), (3, 10)
 EXPLODED = Outcome(3.0, diverged=True, untrained=1.0)
@@ -525,3 +525,110 @@ def test_all_diverge_or_fail_whatever_is_asked(given):
 def test_one_trial_a_stage():
     answer, _, _ = search(bowl, stages=((1, 1), (1, 2)), low=1e-4, high=1e-2)
     assert answer.learning_rate is not None
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_ranges_of_later_stages_grow_by_what_they_began_with(sign):
+    """Short trainings have a best rate; of longer ones the best is ever further out."""
+
+    def world(item):
+        log = math.log10(item.learning_rate)
+        short = 0.2 + 0.01 * (log + 3) ** 2
+        return Outcome(short if item.epochs == 1 else 0.5 + sign * 1e-3 * log, untrained=1.0)
+
+    for seed in range(20):
+        _, tried, _ = search(world, seed=seed, max_widen=3)
+        two = rates(tried, "stage 2")
+        assert max(two) / min(two) < (max(two[:5]) / min(two[:5])) ** 8
+        _, tried, _ = search(world, seed=seed, max_widen=20)
+        assert all(0 < item.learning_rate < math.inf for item, _ in tried)
+
+
+def test_a_training_that_diverges_far_below_ends_no_range():
+    def world(item):
+        return EXPLODED if item.learning_rate < 5e-6 else bowl(item, best=300, width=3)
+
+    for seed in range(10):
+        answer, _, notes = search(world, seed=seed)
+        assert 150 < answer.learning_rate < 600
+        assert answer.cliff is None
+        assert "has diverged, too" in notes[-1]
+
+
+def test_the_answer_is_below_all_that_diverged_with_fresh_seeds():
+    """The chance to diverge rises slowly with the rate."""
+
+    def world(item):
+        luck = np.random.default_rng([item.seed, int(item.learning_rate * 1e9)]).normal()
+        return EXPLODED if math.log10(item.learning_rate / 0.1) + 0.15 * luck > 0 else bowl(item, best=0.09)
+
+    for seed in range(300):
+        answer, tried, _ = search(world, seed=seed)
+        bad = [item.learning_rate for item, one in tried if item.kind == "confirm" and one.diverged]
+        if answer.learning_rate:
+            assert answer.learning_rate < min(bad, default=math.inf)
+            assert answer.cliff is None or answer.learning_rate <= answer.interval[1] < answer.cliff
+
+
+def test_failures_cost_no_search():
+    """One of ten trainings runs out of memory; or all long ones do."""
+    found = []
+    for seed in range(100):
+        luck = np.random.default_rng(seed)
+        answer, _, _ = search(lambda item, luck=luck: FAILED if luck.uniform() < 0.1 else bowl(item), seed=seed)
+        found.append(answer.learning_rate)
+    assert sum(0.0003 < rate < 0.003 for rate in found) >= 95
+    answer, tried, notes = search(lambda item: FAILED if item.kind == "stage 3" else bowl(item))
+    assert 0.0005 < answer.learning_rate < 0.002
+    assert notes[-1] == "What stage 2 has found is gone on with."
+    assert answer.learning_rate in rates(tried, "stage 2")
+
+
+def test_a_model_that_is_nearly_as_good_as_it_can_be():
+    """Fine-tuning: half a percent to gain at 1e-4, much to lose above 0.01."""
+
+    def world(item):
+        log = math.log10(item.learning_rate)
+        gain = 0.006 * math.exp(-((log + 4) ** 2)) - 0.1 * max(0, log + 2)
+        return Outcome(-(0.92 + gain) * noise(item, 2e-4), untrained=-0.92)
+
+    for seed in range(20):
+        answer, _, notes = search(world, seed=seed)
+        assert 1e-5 < answer.learning_rate < 1e-3
+        assert not any("moved" in note or "untrained" in note for note in notes)
+
+
+@pytest.mark.parametrize("world", [at(spread=0.15), at(cliff=2e-3, spread=0.05)])
+def test_no_worse_rate_lies_in_the_interval(world):
+    for seed in range(100):
+        answer, tried, _ = search(world, seed=seed, top=3)
+        (low, high), confirmed = answer.interval, set(rates(tried, "confirm"))
+        assert low <= answer.learning_rate <= high
+        last = {item.learning_rate: outcome.score for item, outcome in tried if item.kind == "stage 3"}
+        within = [score for rate, score in last.items() if low <= rate <= high and rate not in confirmed]
+        assert all(score <= min(last.values()) + answer.error for score in within)
+
+
+def test_a_stage_of_one_trial_tries_the_best_again():
+    for seed in range(20):
+        answer, tried, _ = search(at(), stages=((9, 1), (5, 3), (1, 10)), seed=seed)
+        assert len(rates(tried, "stage 3")) == 1
+        assert 0.0003 < answer.learning_rate < 0.003
+
+
+def test_without_confirmation_the_best_of_the_last_stage_counts():
+    for seed in range(20):
+        answer, tried, _ = search(quadratic, confirm=0, seed=seed)
+        score, rate = min((outcome.score, item.learning_rate) for item, outcome in tried if item.kind == "stage 3")
+        assert (answer.score, answer.learning_rate) == (score, rate)
+
+
+def test_of_rates_that_tie_the_lowest_is_best():
+    arm = Arm(None, 1e-6, 1.0)
+    arm.tried = [(Item("stage 1", 10.0**-i, 1, 0), Outcome(-0.9733, untrained=-0.1)) for i in (3, 1, 2, 4, 0)]
+    assert [item.learning_rate for item, _ in arm.ranked("stage 1")] == [1e-4, 1e-3, 1e-2, 0.1, 1.0]
+
+
+def test_notes_name_the_batch_size():
+    _, _, notes = search(at(best=1e-7), batch_sizes=(16, 64), max_widen=0)
+    assert [size for size in (16, 64) if any(f"(batch size {size}) the best" in note for note in notes)] == [16, 64]

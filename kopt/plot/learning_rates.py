@@ -48,6 +48,8 @@ def range_test(record, *, ax=None):
 def search(result, *, ax=None):
     """Draw a search for a learning rate: the trials of each stage, what diverged, and the answer.
 
+    Where several batch sizes were tried, the trials are those of the one that was chosen.
+
     Args:
         result: The `result` of a `kopt.tuner.LearningRateSearch`.
         ax: The axes of matplotlib to draw in; None makes a new figure.
@@ -66,7 +68,10 @@ def search(result, *, ax=None):
     """
     if not hasattr(result, "trials") or not hasattr(result, "cliff"):
         checks.refuse("result", "the `result` of a kopt.tuner.LearningRateSearch", result)
-    ax, rows = axes(ax), [row for row in result.trials if row["kind"] != "range test" and row["status"] == "COMPLETED"]
+    rows = [row for row in result.trials if row["kind"] != "range test" and row["status"] == "COMPLETED"]
+    if result.learning_rate is not None:
+        rows = [row for row in rows if row["batch_size"] == result.batch_size]
+    ax = axes(ax)
     good = [row for row in rows if row["score"] is not None and not row["diverged"]]
     kinds = list(dict.fromkeys(row["kind"] for row in good))
     for place, kind in enumerate(kinds):

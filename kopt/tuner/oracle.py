@@ -1,6 +1,7 @@
 """KerasTuner's oracle for `plan.course`: which trial is next, and a line for each that has ended."""
 
 import dataclasses
+import math
 import time
 
 import keras_tuner
@@ -8,6 +9,7 @@ import numpy as np
 
 from kopt import checks
 from kopt.tuner import engine, plan
+from kopt.tuner.arm import Outcome
 from kopt.tuner.building import RATE
 from kopt.tuner.wrap import SEED
 
@@ -61,17 +63,17 @@ def _check_same(item, trial, objective) -> None:
             checks.refuse("overwrite", f"True, or `project_name` another one: {what}", False)
 
 
-def outcome_of(trial, objective) -> plan.Outcome:
+def outcome_of(trial, objective) -> Outcome:
     """What the plan is told of a trial that has ended."""
     if trial.status == "FAILED":
-        return plan.Outcome(float("inf"), failed=True)
+        return Outcome(float("inf"), failed=True)
     sign = -1 if objective.direction == "max" else 1
 
     def read(name):
         return float(trial.metrics.get_last_value(name)) if trial.metrics.exists(name) else None
 
     untrained = read("kopt_untrained")
-    return plan.Outcome(
+    return Outcome(
         sign * read(objective.name),
         bool(read("kopt_diverged")),
         untrained=None if untrained is None else sign * untrained,
@@ -165,7 +167,8 @@ class CoarseToFine(engine.Oracle):
     def _later(self, here) -> list[tuple[int, int]]:
         """The trials that are not planned yet, as far as can be told, and how many epochs they have together."""
         known, stages = {item.kind for item in here.items}, self.settings.stages
-        counts = {f"stage {i + 1}": stage for i, stage in enumerate(stages)}
+        arms = len(self.settings.batch_sizes)  # of which each stage leaves half
+        counts = {f"stage {i + 1}": (n * math.ceil(arms / 2**i), epochs) for i, (n, epochs) in enumerate(stages)}
         counts["confirm"] = self.settings.confirm * self.settings.top, stages[-1][1]
         return [(n, n * epochs) for kind, (n, epochs) in counts.items() if kind not in known and not here.answer]
 

@@ -20,8 +20,8 @@ class SearchResult:
         learning_rate: The rate to train with; None if every one diverged.
         batch_size: The batch size to train with, if several were tried.
         interval: The rates that are as good, as far as is known.
-        stable_max: The highest rate below all that diverged.
-        cliff: The lowest rate that diverged.
+        stable_max: The highest rate below `cliff` that did not diverge.
+        cliff: The lowest rate above `learning_rate` that diverged.
         score: The mean objective over the fresh seeds at the rate; without confirmation, of the one training.
         error: Its standard error.
         trials: A dict for each trial: `kind`, `learning_rate`, `batch_size`, `epochs`, `seed`, `score`, `diverged` and
@@ -40,7 +40,7 @@ class SearchResult:
         stage 1        1.00e-02             2  0.25
         <BLANKLINE>
         Learning rate 0.01: val_loss 0.25.
-        No rate diverged.
+        No higher rate diverged.
     """
 
     objective: str
@@ -78,12 +78,13 @@ class SearchResult:
         lines = [f"Learning rate {self.learning_rate:.3g}{size}: {self.objective} {self.score:.4g}{spread}."]
         low, high = self.interval
         if high > low:
-            lines.append(f"The rates from {low:.2g} to {high:.2g} are as good, within a standard error.")
+            within = ", within a standard error" if self.error is not None else ""
+            lines.append(f"The rates from {low:.2g} to {high:.2g} are as good{within}.")
         if self.cliff:
-            times = f", {self.cliff / self.learning_rate:.1f} times as high" if self.cliff > self.learning_rate else ""
-            lines.append(f"The lowest rate that diverged is {self.cliff:.2g}{times}.")
+            times = self.cliff / self.learning_rate
+            lines.append(f"The lowest rate above it that diverged is {self.cliff:.2g}, {times:.1f} times as high.")
         else:
-            lines.append("No rate diverged.")
+            lines.append("No higher rate diverged.")
         return lines
 
     def report(self, path=None) -> str:

@@ -224,7 +224,7 @@ class LearningRateSearch(engine.Tuner):
         given = {name: given[name] for name in ("x", "y", *FIT) if given.get(name) is not None}
         limits = {"min_learning_rate": self.settings.low, "max_learning_rate": self.settings.high}
         known = trial.untrained(model, *args, **kwargs)
-        record = finder.find_learning_rate(model, **given, **limits, verbose=0)
+        record = finder.find_learning_rate(model, **given, **limits, explode=explode, verbose=0)
         engine.write_json(os.path.join(self.get_trial_dir(one.trial_id), reading.RECORD), record.to_dict())
         loss = known.get("val_loss", known.get("loss", record.initial_loss))
         penalty = trial.penalties_of(objective, known, loss, explode)[objective.name]
@@ -261,12 +261,12 @@ class LearningRateSearch(engine.Tuner):
 
     @property
     def stable_max(self) -> float | None:
-        """The highest rate below all that diverged."""
+        """The highest rate below `cliff` that did not diverge."""
         return self.result.stable_max
 
     @property
     def cliff(self) -> float | None:
-        """The lowest rate that diverged."""
+        """The lowest rate above `best_learning_rate` that diverged."""
         return self.result.cliff
 
     def report(self, path=None) -> str:

@@ -104,11 +104,13 @@ def untrained(model, *args, **kwargs) -> dict:
         prefix, size = "val_", given.get("validation_batch_size") or size
         x, y, weights = keras.utils.unpack_x_y_sample_weight(tuple(held) if isinstance(held, list) else held)
     else:
-        prefix, x, y, weights, steps = "", given.get("x"), given.get("y"), None, None
-        if backends.is_dataset(x):
-            x = x.take(BATCHES)
-        elif are_arrays(x):
-            x, y = keras.tree.map_structure(lambda part: None if part is None else part[:ROWS], (x, y))
+        prefix, steps, data = "", None, (given.get("x"), given.get("y"), given.get("sample_weight"))
+        if given.get("class_weight"):
+            return {}  # with which `evaluate` cannot weigh
+        if backends.is_dataset(data[0]):
+            x, y, weights = data[0].take(BATCHES), None, None
+        elif are_arrays(data[0]):
+            x, y, weights = keras.tree.map_structure(lambda part: None if part is None else part[:ROWS], data)
         else:
             return {}
     how = {"steps": steps} if steps else {}
