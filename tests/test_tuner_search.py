@@ -224,19 +224,22 @@ def test_metric_to_maximise(tmp_path):
     assert "val_accuracy 0." in result.verdict()[0] or "val_accuracy 1" in result.verdict()[0]
 
 
-def test_batch_sizes(tmp_path):
+def test_batch_sizes(tmp_path, capsys):
     search = Search(linear, stages=[(2, 1), (2, 2)], confirm=1, range_test=False, batch_sizes=[16, 64], top=1,
                     min_learning_rate=1e-3, max_learning_rate=0.1, max_widen=0, directory=str(tmp_path))  # fmt: skip
     data = {name: value for name, value in DATA.items() if name != "batch_size"}
     with pytest.raises(ValueError, match="`batch_size` must be left out beside `batch_sizes`"):
         search.search(**DATA, epochs=2)
-    search.search(**data, epochs=2)
+    search.search(**data | {"verbose": 1}, epochs=2)
+    assert "LearningRateSearch: 1/7 stage 1: " in capsys.readouterr().out  # twice 2, then 2 of the better size, and 1
     sizes = {kind: {row["batch_size"] for row in search.result.trials if row["kind"] == kind}
              for kind in ("stage 1", "stage 2", "confirm")}  # fmt: skip
     assert sizes == {"stage 1": {16, 64}, "stage 2": {16}, "confirm": {16}}  # four times the steps
     assert search.best_batch_size == 16
     assert "batch" in search.result.table().splitlines()[0]
     assert "batch size 16" in search.result.verdict()[0]
+    stage = kopt.plot.search(search.result).lines[0]
+    assert len(stage.get_xdata()) == 2  # of this size alone
 
 
 @pytest.mark.parametrize("keep", ["best", "all"])

@@ -30,9 +30,9 @@ class LearningRateSearch(engine.Tuner):
        ended when its loss explodes. Where the best rate lies at an edge, all diverge or none moves the model, the range
        widens and the stage goes on. The next stage looks at the best again, around it, and below it: longer trainings
        want lower rates.
-    3. The lowest rate that diverges is narrowed down, which costs a few of the shortest trials.
-    4. The best rates are trained with fresh seeds; a rate that diverges with one of them is out. The answer is the
-       lowest that is not worse than the best, seed by seed, by more than a standard error.
+    3. The lowest rate above the best that diverges is narrowed down, which costs a few of the shortest trials.
+    4. The best rates are trained with fresh seeds; a rate that diverges with one of them is out, as are those above it.
+       The answer is the lowest that is not worse than the best, seed by seed, by more than a standard error.
 
     It is a `keras_tuner.Tuner`: `directory` and `project_name` say where its trials are, and a search that was killed
     goes on there when the program is started again. It runs over several processes and machines with KerasTuner's chief
