@@ -66,10 +66,9 @@ class Arm:
         known = np.array([outcome.score for _, outcome in results if outcome.is_good])
         if not len(known):
             return []
-        scale = np.log if known.min() > 0 else np.asarray  # losses may span decades
-        best, span = scale(known).min(), np.ptp(scale(known)) or 1.0
+        best, span = known.min(), np.ptp(known) or 1.0
         # what diverged counts as worse than the worst by all that they span
-        scores = [(scale(outcome.score) - best) / span if outcome.is_good else 2.0 for _, outcome in results]
+        scores = [(outcome.score - best) / span if outcome.is_good else 2.0 for _, outcome in results]
         logs = np.log10([item.learning_rate for item, _ in results])
         weights = np.exp(-0.5 * np.square((logs[:, None] - logs) / NEAR))
         around = np.round(weights @ scores / weights.sum(1), 9)  # so that ties are ties on every machine
