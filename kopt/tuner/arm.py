@@ -104,13 +104,11 @@ class Arm:
 
     def bounds(self, above=0.0) -> tuple[float | None, float | None]:
         """The lowest rate above one that diverged, and before it the highest below that did not."""
-        cliff = min((one.learning_rate for one in self._diverged() if one.learning_rate > above), default=math.inf)
+        diverged = [item.learning_rate for item, outcome in self.tried if outcome.diverged]
+        cliff = min((rate for rate in diverged if rate > above), default=math.inf)
         stable = [item.learning_rate for item, outcome in self.tried if outcome.is_good and item.kind != "range test"]
         below = max((rate for rate in stable if rate < cliff), default=None)
         return below, cliff if math.isfinite(cliff) else None
-
-    def _diverged(self) -> list[Item]:
-        return [item for item, outcome in self.tried if outcome.diverged]
 
     def narrow(self, kind, longer) -> None:
         """Look around the best, and at it again, between its neighbours; where it has none, within the range.
