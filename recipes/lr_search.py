@@ -2,7 +2,7 @@
 
 What: 1,797 images of handwritten digits (8 x 8, scikit-learn's), 1,200 to train and 597 to validate; a network of one
 hidden layer of 64; SGD with momentum, a constant rate, 15 epochs. The range test takes as long as three epochs, the
-search as fourteen trainings. Then the network is trained at a rate far too low, at the answer, and at rates too high.
+search as twelve trainings. Then the network is trained at a rate far too low, at the answer, and at rates too high.
 
 Claim (Stanford's CS231n, lecture 7): search on a log scale, coarse first, then fine; and the shape of a loss curve
 tells whether a rate is too low (still falling), good, or too high (stays high, or explodes).
