@@ -272,16 +272,21 @@ while True:
     time.sleep(0.1)
 """)
     command = [sys.executable, "-m", "kopt.tuner.launch", "--workers", "2", str(script), str(tmp_path)]
+    heard = [signal.SIGINT, signal.SIGTERM]  # of which a shell has the first ignored by what runs in the background
+    before = [signal.signal(one, signal.SIG_DFL) for one in heard]
     launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for one, handler in zip(heard, before, strict=True):
+        signal.signal(one, handler)
     until(lambda: len(list(tmp_path.glob("*.pid"))) == 3, 60)
     if number == signal.SIGPIPE:
         launcher.stdout.close()
     else:
         launcher.send_signal(number)
-    err = launcher.stderr.read()
-    launcher.stderr.close()
-    launcher.stdout.close()
-    assert launcher.wait(20) == (-9 if number == signal.SIGKILL else 128 + number)
+    try:
+        err = launcher.communicate(timeout=20)[1]
+    finally:
+        launcher.kill()
+    assert launcher.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     until(lambda: all(gone(int(file.stem)) for file in tmp_path.glob("*.pid")), 2)
     if number != signal.SIGKILL:
         assert err.splitlines()[-1] == f"[launch] Stopped by {signal.Signals(number).name}."
