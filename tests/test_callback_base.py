@@ -500,3 +500,39 @@ def test_no_hook_of_a_batch_is_overridden():
     for cls in (Callback, InStep):
         assert not {name for base in cls.__mro__[:-2] if base is not keras.callbacks.Callback for name in vars(base)
                     if "batch" in name}  # fmt: skip
+
+
+NEEDED = {  # arguments of those public callbacks that cannot do without, or are long by themselves
+    "BackupAndRestore": {"directory": "backup"},
+    "CosineRestarts": {"cycle_epochs": 1},
+    "CyclicalRate": {"max_learning_rate": 0.1, "cycle_epochs": 1},
+    "ExponentialDecay": {"rate": 0.1},
+    "LearningRateFinder": {"steps": 3, "verbose": 0},
+    "Schedule": {"hyperparameter": "learning_rate", "schedule": kopt.schedules.Linear(initial=0.1)},
+    "SnapshotEnsemble": {"cycles": 1, "max_learning_rate": 0.1},
+    "Staircase": {"boundaries": [1], "factors": [0.1]},
+    "StepDecay": {"every_epochs": 1},
+    "WarmUp": {"epochs": 1},
+}
+
+
+@pytest.mark.parametrize("name", [name for name, one in vars(kopt.callbacks).items() if isinstance(one, type)])
+def test_every_callback_can_be_copied_before_and_after_a_fit(name, tmp_path, monkeypatch):
+    """KerasTuner copies them for each trial."""
+    monkeypatch.chdir(tmp_path)
+
+    def fit(callback):
+        keras.utils.set_random_seed(0)
+        optimizer = kopt.LBFGS(accumulate_steps=4) if name == "LineSearchMonitor" else kopt.SGD(0.01, momentum=0.9)
+        model = network(optimizer, run_eagerly=BACKEND == "tensorflow" and name != "LineSearchMonitor")
+        model.fit(X[:16], Y[:16], batch_size=4, epochs=2, verbose=0, callbacks=[callback])
+        return numpy(model.weights)
+
+    callback = getattr(kopt.callbacks, name)(**NEEDED.get(name, {}))
+    before = copy.deepcopy(callback)
+    first = fit(callback)
+    after = copy.deepcopy(callback)
+    if name == "BackupAndRestore":  # which would go on with the finished training
+        (tmp_path / "backup").rename(tmp_path / "of the first")
+    assert equal(fit(before), first)
+    assert all(np.isfinite(array).all() for array in fit(after))
