@@ -168,7 +168,7 @@ SEARCHES = {
 def measured(names, searches, seeds, fresh, show, allowed=None):
     """A row for each problem, search and seed: the rate, the epochs spent, the regret with each fresh seed.
 
-    All spend as many epochs as the first, or as many as are `allowed`.
+    The first search spends what it wants, the others as many epochs as it has spent, or as are `allowed`.
     """
     rows = []
     for name in names:
