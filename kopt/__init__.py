@@ -6,6 +6,7 @@ from kopt import plot as plot
 from kopt import schedules as schedules
 from kopt.batch_norm import update_bn as update_bn
 from kopt.curvature import curvature as curvature
+from kopt.describe import describe as describe
 from kopt.ensemble import Ensemble as Ensemble
 from kopt.finder import find_learning_rate as find_learning_rate
 from kopt.numerics import exponentially_weighted_average as exponentially_weighted_average
@@ -13,7 +14,9 @@ from kopt.optimizers.adagrad import Adagrad as Adagrad
 from kopt.optimizers.adam import Adam as Adam
 from kopt.optimizers.adamw import AdamW as AdamW
 from kopt.optimizers.base import Optimizer as Optimizer
+from kopt.optimizers.layer_decay import layer_decay as layer_decay
 from kopt.optimizers.loading import load_optimizer as load_optimizer
+from kopt.optimizers.multipliers import Multipliers as Multipliers
 from kopt.optimizers.quasi_newton.dense import BFGS as BFGS
 from kopt.optimizers.quasi_newton.dense import SSBFGS as SSBFGS
 from kopt.optimizers.quasi_newton.dense import SSBroyden as SSBroyden

@@ -565,6 +565,7 @@ COMMON_KINDS = {
     "weight_decay": "nonnegative?",
     "l2": "nonnegative?",
     "exclude_from_decay": "keys?",
+    "multipliers": "groups?",
     "clipnorm": "positive?",
     "clipvalue": "positive?",
     "global_clipnorm": "positive?",
@@ -629,6 +630,14 @@ KINDS = {
         "bias_correction": "boolean",
     },
     kopt.elementwise: {"kernel": "|".join(KERNELS) + "?", "rests": "boolean"},
+    kopt.Multipliers: {"inner_optimizer": "an optimizer", "multipliers": "groups", "name": "text?"},
+    kopt.layer_decay: {
+        "model": "a built model",
+        "decay": "share",
+        "levels": "keys?",
+        "min_multiplier": "closed_fraction",
+    },
+    kopt.describe: {"model": "a model", "multipliers": "groups?", "print_fn": "a function?"},
     kopt.At: {"t": "made by the step", "learning_rate": "made by the step"},
     kopt.Optimizer: {},  # has no constructor of its own
     kopt.callbacks.BackupAndRestore: {
@@ -822,7 +831,10 @@ TRIED_ELSEWHERE = {  # the step makes `At`; others have a test file of their own
     kopt.Ensemble,
     kopt.RangeTest,
     kopt.curvature,
+    kopt.Multipliers,
+    kopt.describe,
     kopt.find_learning_rate,
+    kopt.layer_decay,
     kopt.load_optimizer,
     kopt.minimize,
     kopt.minimize_fn,

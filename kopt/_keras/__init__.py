@@ -225,6 +225,13 @@ def layers_of(model) -> list:
     return list(model._flatten_layers())
 
 
+def frozen_in(model) -> list:
+    """The weights that would be trained if `trainable` of no layer were False."""
+    trained = {id(variable) for variable in model.trainable_variables}
+    made = {id(v): v for layer in layers_of(model) for v in layer._trainable_variables}
+    return [variable for key, variable in made.items() if key not in trained]
+
+
 def compilation_of(model):
     """Something that is another after each `compile`."""
     return getattr(model, "_loss_tracker", None)

@@ -8,19 +8,20 @@ from kopt import _keras, backends
 
 
 def nested(optimizer) -> list:
-    """The optimizer and those within it: one in a LossScaleOptimizer, several in a MultiOptimizer."""
-    inner = []
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        inner = [optimizer.inner_optimizer]
-    elif isinstance(optimizer, keras.optimizers.MultiOptimizer):
-        inner = optimizer.optimizers
-    return [optimizer, *(found for one in inner for found in nested(one))]
+    """The optimizer and those within it, however deep."""
+    return [optimizer, *(found for one in within(optimizer) for found in nested(one))]
+
+
+def within(optimizer) -> list:
+    """The optimizers that one hands its gradients to: one in a LossScaleOptimizer, several in a MultiOptimizer."""
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        return optimizer.optimizers
+    return [optimizer.inner_optimizer] if hasattr(optimizer, "inner_optimizer") else []
 
 
 def updating(optimizer) -> list:
     """Those of them that update variables themselves; one that no variable falls to is never built."""
-    wrappers = keras.optimizers.LossScaleOptimizer, keras.optimizers.MultiOptimizer
-    return [one for one in nested(optimizer) if not isinstance(one, wrappers) and one.built]
+    return [one for one in nested(optimizer) if not within(one) and one.built]
 
 
 def trained_by(optimizer) -> list:

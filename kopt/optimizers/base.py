@@ -6,7 +6,7 @@ from typing import TypedDict
 import keras
 
 from kopt import _keras, backends, checks
-from kopt.optimizers import execution, gradients, groups, state
+from kopt.optimizers import execution, factors, gradients, groups, state
 from kopt.optimizers.rule import Choice, Declared, Hyper, Slot, traits
 
 _DEFAULTS = {  # of the common arguments; the others are None
@@ -25,6 +25,7 @@ class Common(TypedDict, total=False):
     weight_decay: float | None
     l2: float | None
     exclude_from_decay: object
+    multipliers: object
     clipnorm: float | None
     clipvalue: float | None
     global_clipnorm: float | None
@@ -54,6 +55,10 @@ class Optimizer(Declared, _keras.OptimizerBridge):
         l2: Coupled decay: `l2 * w` is added to the gradient, which then goes through the rule. None: no such term.
         exclude_from_decay: What neither decay touches: layers, models, variables, or regular expressions that
             `re.search` finds in a variable's path; one or a list. One that matches nothing is an error.
+        multipliers: How much of each update some variables take: a dict of layers, models or regular expressions,
+            which `re.search` looks for in a variable's path, with a number for each. The first that picks a variable
+            counts, one that picks none is an error, and what none picks takes all. With 0 weights stay as they are, to
+            the bit, whatever momentum or decay. `optimizer.multipliers["base"] = 0.1` takes effect at the next step.
         clipnorm: Scale each gradient down to this norm.
         clipvalue: Clip each entry of a gradient to plus or minus this.
         global_clipnorm: Scale all gradients together down to this norm. At most one of the three clips.
@@ -86,6 +91,7 @@ class Optimizer(Declared, _keras.OptimizerBridge):
     weight_decay = Hyper(checks.optional(checks.nonnegative))
     l2 = Hyper(checks.optional(checks.nonnegative))
     exclude_from_decay = Choice(checks.optional(checks.keys))
+    multipliers = factors.Multipliers()
     clipnorm = Hyper(checks.optional(checks.positive))
     clipvalue = Hyper(checks.optional(checks.positive))
     global_clipnorm = Hyper(checks.optional(checks.positive))
@@ -114,11 +120,14 @@ class Optimizer(Declared, _keras.OptimizerBridge):
         # Plain dictionaries, set past Keras's tracking: `add_scalar` tracks the variables.
         self.__dict__.update(ready=False, choices={}, hyper_variables={}, known={}, opened={})
         self.__dict__.update(waiting={}, before={}, loaded={})  # `state.load` says what they hold
+        self.__dict__["factors"] = None  # what `multipliers` shows
         self.__dict__.update(readings={}, plan=None)  # the variables of `gradients.readings`; what `lists` keeps
         super().__init__(learning_rate, name=name)
         self.known["learning_rate"] = learning_rate
         for argument, value in arguments.items():
-            if isinstance(declared[argument], Choice):
+            if isinstance(declared[argument], factors.Multipliers):
+                self.__dict__["factors"] = factors.Factors(self, value) if value else None
+            elif isinstance(declared[argument], Choice):
                 self.choices[argument] = value
             elif value is not None:
                 self.hyper_variables[argument] = self.add_scalar(argument, value)
@@ -140,6 +149,9 @@ class Optimizer(Declared, _keras.OptimizerBridge):
             checks.refuse("exclude_from_decay", "None without `weight_decay` or `l2`", arguments["exclude_from_decay"])
         if arguments["ema_overwrite_frequency"] is not None and not arguments["use_ema"]:
             allowed = "None without `use_ema=True`"
+            checks.refuse("ema_overwrite_frequency", allowed, arguments["ema_overwrite_frequency"])
+        if arguments["multipliers"] and arguments["ema_overwrite_frequency"] is not None:
+            allowed = "None beside `multipliers`: the average would move what they hold"
             checks.refuse("ema_overwrite_frequency", allowed, arguments["ema_overwrite_frequency"])
         for condition, where in (
             (backends.BACKEND != "tensorflow", f"on {backends.BACKEND}, where no gradient has rows"),
@@ -165,6 +177,7 @@ class Optimizer(Declared, _keras.OptimizerBridge):
         backends.check_strategy(self.home)
         variables = self._checked(variables)
         excluded = groups.select("exclude_from_decay", self.exclude_from_decay or [], variables)
+        owner = self.factors.owner(variables) if self.factors else [None] * len(variables)
         with backends.eagerly():
             for name, argument in self.declared().items():
                 if isinstance(argument, Hyper) and argument.opens_slot:  # state that waits brings its slot along
@@ -177,7 +190,7 @@ class Optimizer(Declared, _keras.OptimizerBridge):
             for name, (shape, dtype) in gradients.readings(self).items():
                 self.readings[name] = self.add_variable(shape, dtype=dtype, aggregation="only_first_replica", name=name)
                 self.named[id(self.readings[name])] = "reading", name
-            self.__dict__["all_held"] = execution.hold(self, variables, excluded)
+            self.__dict__["all_held"] = execution.hold(self, variables, excluded, owner)
             self.__dict__["held_of"] = dict(zip(map(id, variables), self.all_held, strict=True))  # the quick way to it
             self.__dict__["overwrites"] = any(held.overwritten for held in self.all_held)
             self.__dict__["dtypes"] = list(dict.fromkeys(held.dtype for held in self.all_held))
@@ -338,6 +351,8 @@ class Optimizer(Declared, _keras.OptimizerBridge):
         if self.exclude_from_decay:
             keys = self.exclude_from_decay
             config["exclude_from_decay"] = list(keys) if self.built else groups.portable("exclude_from_decay", keys, [])
+        if self.factors is not None:
+            config["multipliers"] = self.factors.config()
         # A number that is zero by now made a slot: it must be made again, and the state holds the number in use.
         return config | {name: value for name, value in self.opened.items() if value and not config[name]}
 

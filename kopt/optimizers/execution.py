@@ -13,7 +13,7 @@ from keras import ops
 
 from kopt import _keras, backends
 from kopt.numerics import behind, lerp
-from kopt.optimizers import kernels, lists, slabs
+from kopt.optimizers import factors, kernels, lists, slabs
 from kopt.optimizers.rule import MASTER, At
 
 
@@ -27,6 +27,7 @@ class Shared:
     decay: Any = None  # learning rate * weight decay
     share: Any = None  # of the newest weight in the moving average
     overwrite: Any = None  # whether the average replaces the weight at this step
+    multipliers: tuple = ()  # of the groups of variables
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Held:
     sum: Any = None  # of the gradients, where they are accumulated
     decayed: bool = True
     overwritten: bool = False  # by its gradient, as Keras's float8 scales are
+    group: int | None = None  # whose multiplier it has
 
     @property
     def parts(self) -> list:
@@ -47,18 +49,21 @@ class Held:
         return [part for part in (self.sum, *self.slots, self.master, self.average) if part is not None]
 
 
-def hold(optimizer, variables, excluded) -> tuple[Held, ...]:
-    """Make what the optimizer keeps for its variables; those at the places `excluded` do not decay."""
+def hold(optimizer, variables, excluded, owner) -> tuple[Held, ...]:
+    """Make what the optimizer keeps for its variables.
+
+    Those at the places `excluded` do not decay; `owner` has for each the position of its group, or None.
+    """
     pieces = {}
     if optimizer.slots_in_use and optimizer.traits.elementwise:
         for places in slabs.layout(variables, optimizer.home):
             members = [variables[i] for i in places]
             slab = slabs.Slab(optimizer, optimizer.slots_in_use, members, backends.wide(_keras.dtype_of(members[0])))
             pieces |= dict(zip(places, slab.pieces, strict=True))
-    return tuple(_hold(optimizer, v, i not in excluded, pieces.get(i)) for i, v in enumerate(variables))
+    return tuple(_hold(optimizer, v, i not in excluded, owner[i], pieces.get(i)) for i, v in enumerate(variables))
 
 
-def _hold(optimizer, variable, decayed: bool, slots) -> Held:
+def _hold(optimizer, variable, decayed: bool, group: int | None, slots) -> Held:
     dtype = _keras.dtype_of(variable)
     wide = backends.wide(dtype)
 
@@ -72,7 +77,7 @@ def _hold(optimizer, variable, decayed: bool, slots) -> Held:
         slots = tuple(add(slot.name, _keras.constant(slot.initial)) for slot in optimizer.slots_in_use)
     master = None if wide == dtype else add(MASTER.name, lambda shape, dtype: backends.read(variable, dtype))
     average = add("average") if optimizer.use_ema else None
-    return Held(wide, slots, master, average, total, decayed)
+    return Held(wide, slots, master, average, total, decayed, group=group)
 
 
 def scalars(optimizer, learning_rate) -> dict[str, Shared]:
@@ -96,6 +101,7 @@ def _scalars(optimizer, learning_rate, dtype) -> Shared:
         decay=rate * numbers["weight_decay"] if "weight_decay" in numbers else None,
         share=share,
         overwrite=overwrite,
+        multipliers=() if optimizer.factors is None else backends.numbers(optimizer.factors.variable, dtype),
     )
 
 
@@ -107,15 +113,31 @@ def afresh(shared: Shared) -> Shared:
 
 
 def update(optimizer, variables, gradients, shared: dict[str, Shared]) -> None:
+    """Update the variables; those in a group take so much of it as the multiplier of the group says."""
+    with factors.blending(optimizer, _taken(optimizer, variables, gradients, shared)):
+        _update_all(optimizer, variables, gradients, shared)
+
+
+def _taken(optimizer, variables, gradients, shared):
+    """The variables in a group, each with its multiplier and, if only rows of it move, their indices."""
+    for variable, gradient in zip(variables, gradients, strict=True):
+        held = optimizer.held(variable)
+        if held.group is not None:
+            of_dtype = shared[held.dtype]
+            way, _ = _way(optimizer, variable, gradient, held, of_dtype)
+            is_part = way is rows and getattr(variable, "constraint", None) is None
+            yield variable, of_dtype.multipliers[held.group], gradient.indices if is_part else None
+
+
+def _update_all(optimizer, variables, gradients, shared) -> None:
     """Update the variables, each in the fastest way that there is for it."""
     left = list(zip(variables, gradients, strict=True))
     if left and backends.BACKEND == "torch":
         left = lists.update(optimizer, variables, gradients, shared)
-    alone = not optimizer.traits.elementwise or backends.strategy() is not None
     together: dict[tuple, list] = {}
     for variable, gradient in left:
         held = optimizer.held(variable)
-        way, key = (plain, None) if alone else _way(optimizer, variable, gradient, held, shared[held.dtype])
+        way, key = _way(optimizer, variable, gradient, held, shared[held.dtype])
         together.setdefault((way, held.dtype, key), []).append((variable, gradient, held))
     for (way, dtype, _), found in together.items():
         way(optimizer, found, shared[dtype])
@@ -125,6 +147,8 @@ def update(optimizer, variables, gradients, shared: dict[str, Shared]) -> None:
 
 def _way(optimizer, variable, gradient, held, shared):
     """How to update a variable, and what those must have in common that are updated together."""
+    if not optimizer.traits.elementwise or backends.strategy() is not None:
+        return plain, None
     decays = held.decayed and (shared.l2 is not None or shared.decay is not None)
     if backends.has_rows(gradient) and (optimizer.sparse == "lazy" or (optimizer.traits.rests and not decays)):
         return rows, None

@@ -6,8 +6,66 @@ stood among those of the optimizer: Keras may number layers anew when a model is
 """
 
 import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from kopt import _keras
+from kopt import _keras, checks
+
+
+@dataclass(frozen=True)
+class Group:
+    """Variables that have a number in common: what it is called, what picks them, and the number."""
+
+    name: str
+    keys: list
+    number: float
+
+
+def parsed(argument: str, value) -> list[Group]:
+    """The groups of a dict or list of pairs, of a layer, model, variable, pattern or list of these, and a number."""
+    allowed = "a dict of layers, models or regular expressions, with a number of 0 or more for each"
+    if isinstance(value, Mapping):
+        value = list(value.items())
+    if not isinstance(value, (list, tuple)):
+        checks.refuse(argument, allowed, value)
+    found, seen = [], Counter()
+    for entry in value:
+        if isinstance(entry, Mapping) and entry.keys() == {"name", "keys", "number"}:  # as a config holds it
+            entry = entry["name"], entry["keys"], entry["number"]
+        elif isinstance(entry, (list, tuple)) and len(entry) == 2:
+            entry = None, *entry
+        else:
+            checks.refuse(argument, allowed, value)
+        name, keys, number = entry
+        keys = checks.keys(argument, keys) if keys != [] else []
+        name = name or ", ".join(map(name_of, keys))
+        number = checks.nonnegative(f"{argument}[{name!r}]", number)
+        seen[name] += 1
+        found.append(Group(name if seen[name] == 1 else f"{name}#{seen[name]}", keys, number))
+    return found
+
+
+def name_of(key) -> str:
+    """What a layer, a model, a variable or a pattern is called."""
+    if isinstance(key, str):
+        return key
+    return key["path"] if isinstance(key, dict) else getattr(key, "name", None) or _keras.path_of(key)
+
+
+def assigned(argument: str, found: list[Group], variables: list) -> list[int | None]:
+    """For each variable the first group that picks it; one that picks none, or only what others have, is an error."""
+    owner: list[int | None] = [None] * len(variables)
+    for number, group in enumerate(found):
+        hits = select(argument, group.keys, variables)
+        left = [i for i in hits if owner[i] is None]
+        if hits and not left:
+            first = found[min(owner[i] for i in hits)].name
+            allowed = f"such that each key picks a variable that none before it does; {first!r} has all of this one's"
+            checks.refuse(argument, allowed, group.name)
+        for i in left:
+            owner[i] = number
+    return owner
 
 
 def select(argument: str, keys: list, variables: list) -> set[int]:

@@ -70,7 +70,7 @@ def load_optimizer(model, path) -> list[str]:
 def _places(optimizer, place):
     """The optimizer and those within it, and where each is in a file."""
     yield optimizer, place
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+    if hasattr(optimizer, "inner_optimizer"):
         yield from _places(optimizer.inner_optimizer, f"{place}/inner_optimizer")
     elif isinstance(optimizer, keras.optimizers.MultiOptimizer):
         seen: Counter[str] = Counter()

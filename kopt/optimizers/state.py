@@ -13,6 +13,7 @@ from collections import Counter
 import numpy as np
 
 from kopt import _keras
+from kopt.optimizers.factors import VARIABLE
 from kopt.optimizers.rule import MASTER
 
 WINDOW = ("reading:", "gradient_sum:")  # what starts at zero where a file has none
@@ -32,6 +33,8 @@ def load(optimizer, store) -> None:
     arrays = _read(optimizer, store)
     slots = {name: arrays.pop(name) for name in list(arrays) if ":" in name}
     scalars = {name: v for name, v in named_variables(optimizer).items() if ":" not in name}
+    if VARIABLE in arrays and VARIABLE in scalars and arrays[VARIABLE].shape != tuple(scalars[VARIABLE].shape):
+        del arrays[VARIABLE]  # of other groups: those of the constructor are meant
     fresh = not slots and arrays.get("iteration", 1) == 0  # saved before it was built
     faults = differences(scalars, arrays)
     if optimizer.built and not fresh and not faults:
@@ -159,9 +162,9 @@ def differences(own, saved) -> list[str]:
 
 
 def _may_differ(name: str) -> bool:
-    """The rate may be a schedule on one side; a master follows from the weight where the file has none; readings and
-    sums start at zero."""
-    return name == "learning_rate" or name.startswith((f"{MASTER.name}:", *WINDOW))
+    """The rate may be a schedule on one side, and the multipliers others; a master follows from the weight where the
+    file has none; readings and sums start at zero."""
+    return name in ("learning_rate", VARIABLE) or name.startswith((f"{MASTER.name}:", *WINDOW))
 
 
 def _title(optimizer) -> str:
