@@ -22,12 +22,12 @@ def describe(model, multipliers=None, print_fn=None) -> None:
     Example:
         >>> import keras, kopt
         >>> base = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="features")], name="base")
-        >>> model = keras.Sequential([base, keras.layers.Dense(1, name="head")])
+        >>> model = keras.Sequential([base, keras.layers.Dense(1, name="head")], name="model")
         >>> model.compile(kopt.Adam(multipliers={base: 0.1}), loss="mse")
         >>> kopt.describe(model)
-        group       multiplier  variables  parameters  first variable   batch normalization
-        base               0.1          2          15  features/kernel  -
-        all others           1          2           4  head/kernel      -
+        group       multiplier  variables  parameters  first variable        batch normalization
+        base               0.1          2          15  base/features/kernel  -
+        all others           1          2           4  model/head/kernel     -
     """
     if not isinstance(model, keras.Model):
         checks.refuse("model", "a keras.Model", model)

@@ -149,6 +149,19 @@ def fit(model, epochs=1):
     return model
 
 
+class Counted(keras.layers.Layer):
+    """Counts how often it is called in training: in a compiled step, how often that is traced."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.calls = []
+
+    def call(self, x, training=False):
+        if training:
+            self.calls.append(1)
+        return x
+
+
 class AtEpoch(keras.callbacks.Callback):
     """Do something when an epoch begins."""
 

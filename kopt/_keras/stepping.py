@@ -154,6 +154,34 @@ def hide_in_files(optimizer, steps):
     return lambda: [put_back() for put_back in undo]
 
 
+def apply_to_part(optimizer):
+    """Let JAX's step update some of an optimizer's variables, those that are trainable; what is returned ends that."""
+
+    def standing_in(one):
+        def stateless_apply(optimizer_variables, grads, trainable_variables):
+            chosen = [variable for variable in trained_by(one) if variable.trainable]
+            if len(chosen) == len(trained_by(one)):
+                return whole(optimizer_variables, grads, trainable_variables)
+            pairs = [
+                *zip(chosen, trainable_variables, strict=True),
+                *zip(one.variables, optimizer_variables, strict=True),
+            ]
+            vars(one)["stateless"] = True
+            try:
+                with keras.StatelessScope(state_mapping=pairs) as scope:
+                    one.apply(grads, chosen)
+            finally:
+                vars(one)["stateless"] = False
+            return tuple([scope.get_current_value(v) for v in found] for found in (chosen, one.variables))
+
+        whole = one.stateless_apply
+        return stand_in(one, "stateless_apply", stateless_apply)
+
+    scaled = keras.optimizers.LossScaleOptimizer
+    undo = [standing_in(one) for one in nested(optimizer) if not isinstance(one, scaled)]
+    return lambda: [put_back() for put_back in undo]
+
+
 class Unfiled:
     """A variable that an optimizer keeps, and that no file of it holds."""
 

@@ -19,3 +19,4 @@ from kopt.callbacks.monitor import RateMonitor as RateMonitor
 from kopt.callbacks.polyak import PolyakAveraging as PolyakAveraging
 from kopt.callbacks.schedule import Schedule as Schedule
 from kopt.callbacks.snapshots import SnapshotEnsemble as SnapshotEnsemble
+from kopt.callbacks.unfreeze import StagedUnfreeze as StagedUnfreeze

@@ -5,6 +5,7 @@ import keras
 from kopt import _keras, backends, checks
 from kopt._keras import stepping
 from kopt.optimizers import factors, groups
+from kopt.optimizers.base import Optimizer
 
 _OWN_THE_WEIGHTS = "ScheduleFreeAdamW", "ScheduleFreeSGD", "Lookahead"
 
@@ -65,8 +66,10 @@ class Multipliers(keras.optimizers.Optimizer):
     @staticmethod
     def _check(inner) -> None:
         kind = type(inner).__name__
-        if isinstance(inner, _keras.OptimizerBridge):
+        if isinstance(inner, Optimizer):
             checks.refuse("inner_optimizer", f"one of Keras's; kopt's take `multipliers=` (kopt.{kind})", kind)
+        if isinstance(inner, _keras.OptimizerBridge):
+            checks.refuse("inner_optimizer", "one that updates each weight by itself", kind)
         if stepping.within(inner):
             checks.refuse("inner_optimizer", f"one that updates variables itself; put Multipliers into {kind}", kind)
         if any(base.__name__ in _OWN_THE_WEIGHTS for base in type(inner).__mro__):
