@@ -19,7 +19,7 @@ class DropBlock2D(keras.layers.Layer):
         gamma = rate / block_size**2 * (height * width) / ((height - block_size + 1) * (width - block_size + 1))
 
     What is left is divided by the share of the image that is left, over all its places and channels: the mean of the
-    factors that an image is multiplied with is 1 in each draw. For a single place the factor has the mean 1 only nearly,
+    factors that an image is multiplied with is 1 in each draw. A single place has a factor with the mean 1 only nearly,
     more at the rim and less in the middle, for blocks cover the middle more often. Where nothing is left, the output
     is 0. At inference the input is as it is.
 

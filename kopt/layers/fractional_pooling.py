@@ -14,9 +14,9 @@ from kopt.layers import draws
 class FractionalMaxPooling2D(keras.layers.Layer):
     """Max pooling that makes an image smaller by a ratio that need not be whole, in regions that are drawn anew.
 
-    An image of `n` rows becomes one of `floor(n / pool_ratio)`. Its regions are `k` or `k + 1` rows high, one or two for
-    an exact ratio between 1 and 2; how they follow each other is drawn for each batch in training. So it is with the
-    columns.
+    An image of `n` rows becomes one of `floor(n / pool_ratio)`. Its regions are `k` or `k + 1` rows high, one or two
+    for an exact ratio between 1 and 2; how they follow each other is drawn for each batch in training. So it is with
+    the columns.
 
     - `mode="random"`: all orders of the right number of low and high regions are equally likely.
     - `mode="pseudorandom"`: region `i` ends at `ceil(a * (i + u))`, where `a` is the exact ratio and only `u` is drawn
