@@ -8,6 +8,7 @@ from keras import ops
 
 from kopt import _keras, checks
 from kopt.layers import draws
+from kopt.numerics import larger
 
 
 @_keras.register
@@ -40,9 +41,9 @@ class FractionalMaxPooling2D(keras.layers.Layer):
         >>> import keras, kopt, numpy as np
         >>> layer = kopt.layers.FractionalMaxPooling2D(1.44, seed=0)
         >>> image = np.arange(64, dtype="float32").reshape(1, 8, 8, 1)
-        >>> np.array(layer(image)).reshape(5, 5)[:, -1].tolist()  # the last row of each region
-        [15.0, 23.0, 39.0, 47.0, 63.0]
-        >>> layer(image, training=True).shape
+        >>> keras.ops.convert_to_numpy(layer(image)).reshape(5, 5)[:, -1].tolist()  # the last row of each region
+        [15.0, 23.0, 39.0, 55.0, 63.0]
+        >>> tuple(layer(image, training=True).shape)
         (1, 5, 5, 1)
 
     Reference: Graham, "Fractional max-pooling", arXiv:1412.6071.
@@ -126,7 +127,7 @@ def pooled(x, axis, starts, ends, highest):
     """The maxima of regions along an axis; `highest` is how many rows a region has at most."""
     found = ops.take(x, starts, axis=axis)
     for i in range(1, highest):  # beyond its end a region repeats its last row
-        found = ops.maximum(found, ops.take(x, ops.minimum(starts + i, ends - 1), axis=axis))
+        found = larger(found, ops.take(x, ops.minimum(starts + i, ends - 1), axis=axis))
     return found
 
 
