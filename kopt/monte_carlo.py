@@ -91,7 +91,7 @@ def mc_predict(
         if seed is not None:
             backends.seed_random_state(seed)
             passes.begin(seed)
-        found = [passes.through(batch, n) for batch in _shown(batches(x, batch_size), verbose)]
+        found = [passes.through(batch, n) for batch in _shown(x, batch_size, verbose)]
     finally:
         if seed is not None:
             backends.set_random_state(random_state)
@@ -220,12 +220,13 @@ def _together(found, n) -> MonteCarlo:
     return MonteCarlo(n, *(keras.tree.pack_sequence_as(found[0], column) for column in zip(*joined, strict=True)))
 
 
-def _shown(data, verbose):
+def _shown(x, batch_size, verbose):
     """The batches, with a bar that moves on."""
-    bar = keras.utils.Progbar(None, verbose=1) if verbose else None
-    for place, batch in enumerate(data):
+    rows = getattr(keras.tree.flatten(x)[0], "shape", None)
+    bar = keras.utils.Progbar(-(-rows[0] // batch_size) if rows else None) if verbose else None
+    for place, batch in enumerate(batches(x, batch_size)):
         yield batch
         if bar is not None:
             bar.update(place + 1)
-    if bar is not None:
+    if bar is not None and not rows:
         bar.update(place + 1, finalize=True)

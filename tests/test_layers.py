@@ -402,6 +402,14 @@ def test_all_orders_are_drawn_as_often():
     assert drawn == {(0, 1, 3, 4, 6), (0, 2, 3, 5, 6)}
 
 
+@pytest.mark.parametrize("policy", ["float32", *WIDE])
+def test_what_is_not_finite_is_not_lost(policy):
+    x = np.full((1, 4, 4, 1), -np.inf)
+    x[0, 0, 0], x[0, 3, 3] = np.nan, np.nan
+    found = output(FractionalMaxPooling2D(1.5, overlapping=True, dtype=policy), x)[0, :, :, 0]
+    np.testing.assert_array_equal(found, [[np.nan, -np.inf], [-np.inf, np.nan]])
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own operation")
 def test_regions_of_tensorflow_give_what_tensorflow_makes_of_them():
     import tensorflow as tf

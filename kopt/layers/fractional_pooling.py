@@ -8,7 +8,6 @@ from keras import ops
 
 from kopt import _keras, checks
 from kopt.layers import draws
-from kopt.numerics import larger
 
 
 @_keras.register
@@ -127,8 +126,15 @@ def pooled(x, axis, starts, ends, highest):
     """The maxima of regions along an axis; `highest` is how many rows a region has at most."""
     found = ops.take(x, starts, axis=axis)
     for i in range(1, highest):  # beyond its end a region repeats its last row
-        found = larger(found, ops.take(x, ops.minimum(starts + i, ends - 1), axis=axis))
+        found = _larger(found, ops.take(x, ops.minimum(starts + i, ends - 1), axis=axis))
     return found
+
+
+def _larger(a, b):
+    """The larger of two, or NaN; `ops.maximum` on torch rounds float64."""
+    if _keras.dtype_of(a) != "float64":
+        return ops.maximum(a, b)
+    return ops.where((a >= b) | ops.isnan(a), a, b)
 
 
 def _check_ratio(value) -> tuple[float, float]:
