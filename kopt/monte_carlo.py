@@ -224,9 +224,11 @@ def _shown(x, batch_size, verbose):
     """The batches, with a bar that moves on."""
     rows = getattr(keras.tree.flatten(x)[0], "shape", None)
     bar = keras.utils.Progbar(-(-rows[0] // batch_size) if rows else None) if verbose else None
-    for place, batch in enumerate(batches(x, batch_size)):
+    done = 0
+    for batch in batches(x, batch_size):
         yield batch
+        done += 1
         if bar is not None:
-            bar.update(place + 1)
+            bar.update(done)
     if bar is not None and not rows:
-        bar.update(place + 1, finalize=True)
+        bar.update(done, finalize=True)

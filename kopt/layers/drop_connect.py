@@ -6,6 +6,8 @@ from keras import ops
 from kopt import _keras, checks
 from kopt.layers import draws
 
+SIZES = checks.pair(checks.count(1), "an integer of 1 or more, or two such")
+
 
 class DropConnect(keras.layers.Layer):
     """What the layers have in common; the next class in line makes the weights.
@@ -119,7 +121,7 @@ class DropConnectConv2D(DropConnect, keras.layers.Conv2D):
     ):
         filters, rate = checks.count(1)("filters", filters), checks.fraction("rate", rate)
         drop_bias, seed = checks.boolean("drop_bias", drop_bias), draws.check_seed(seed)
-        super().__init__(filters, kernel_size, **common)
+        super().__init__(filters, SIZES("kernel_size", kernel_size), **common)
         self._set(rate, drop_bias, seed)
 
     def call(self, inputs, training=None):

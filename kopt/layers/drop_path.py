@@ -79,12 +79,10 @@ def drop_path_rates(depths, rate: float) -> list:
         [[0.0], [0.1, 0.2]]
     """
     rate = checks.fraction("rate", rate)
-    several = isinstance(depths, (list, tuple))
-    allowed = "an integer of 1 or more, or a list of such"
-    stages = checks.several(checks.count(1), allowed)("depths", depths if several else [depths])
+    stages = checks.one_or_several(checks.count(1), "an integer of 1 or more, or a list of such")("depths", depths)
     total = sum(stages)
     rates = [rate * i / (total - 1) for i in range(total)] if total > 1 else [rate]
-    if not several:
+    if not checks.is_several(depths):
         return rates
     ends = [sum(stages[: i + 1]) for i in range(len(stages))]
     return [rates[end - stage : end] for stage, end in zip(stages, ends, strict=True)]

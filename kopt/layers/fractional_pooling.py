@@ -9,6 +9,8 @@ from keras import ops
 from kopt import _keras, checks
 from kopt.layers import draws
 
+RATIOS = checks.pair(checks.above_one, "a finite number greater than 1, or two such")
+
 
 @_keras.register
 class FractionalMaxPooling2D(keras.layers.Layer):
@@ -60,7 +62,7 @@ class FractionalMaxPooling2D(keras.layers.Layer):
         data_format: str | None = None,
         **common,
     ):
-        pool_ratio, overlapping = _check_ratio(pool_ratio), checks.boolean("overlapping", overlapping)
+        pool_ratio, overlapping = RATIOS("pool_ratio", pool_ratio), checks.boolean("overlapping", overlapping)
         mode = checks.one_of("random", "pseudorandom")("mode", mode)
         seed, data_format = draws.check_seed(seed), draws.check_format(data_format)
         super().__init__(**common)
@@ -135,17 +137,3 @@ def _larger(a, b):
     if _keras.dtype_of(a) != "float64":
         return ops.maximum(a, b)
     return ops.where((a >= b) | ops.isnan(a), a, b)
-
-
-def _check_ratio(value) -> tuple[float, float]:
-    allowed = "a finite number greater than 1, or two such"
-    several = isinstance(value, (list, tuple)) or getattr(value, "shape", ()) != ()
-    ratios = list(checks.several(checks.above_one, allowed)("pool_ratio", value)) if several else None
-    if several and len(ratios) != 2:
-        checks.refuse("pool_ratio", allowed, value)
-    if several:
-        return tuple(ratios)
-    try:
-        return (checks.above_one("pool_ratio", value),) * 2
-    except ValueError:
-        return checks.refuse("pool_ratio", allowed, value)
