@@ -846,6 +846,7 @@ TRIED_ELSEWHERE = {  # the step makes `At`; others have a test file of their own
     kopt.RangeTest,
     kopt.curvature,
     kopt.find_learning_rate,
+    kl.drop_path_rates,  # which makes as long a list as one asks for
     kopt.load_optimizer,
     kopt.mc_predict,
     kopt.minimize,
