@@ -161,17 +161,17 @@ def network(**more):
 TARGETS = RNG.normal(size=(4, 2)).astype("float32")
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
-def test_a_model_of_all_of_them_is_saved_and_loaded(policy, tmp_path):
+def test_a_model_of_all_of_them_in_sixteen_bits_is_saved_and_loaded(tmp_path):
     previous = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(policy)
+    keras.config.set_dtype_policy("mixed_float16")
     try:
         model = network()
-        model.fit(IMAGES, TARGETS, verbose=0)
+        loss = model.fit(IMAGES, TARGETS, verbose=0).history["loss"]
         model.save(tmp_path / "model.keras")
         again = keras.models.load_model(tmp_path / "model.keras")
     finally:
         keras.config.set_dtype_policy(previous)
+    assert np.isfinite(loss).all()
     near(again.weights, model.weights, 0)
     near([again.predict(IMAGES, verbose=0)], [model.predict(IMAGES, verbose=0)])
     assert [type(one) for one in again.layers] == [type(one) for one in model.layers]
@@ -366,7 +366,7 @@ def test_regions_are_those_of_the_paper(mode, ratio, shape, overlapping):
     lasts = [n - overlapping for n in shape]
     fixed = [oracles.pseudorandom_edges(last, count, Fraction(1, 2)) for last, count in zip(lasts, counts, strict=True)]
     near([output(layer, x, training=False)], [np.stack([oracles.pooled(one, *fixed, overlapping) for one in x])], 0)
-    for _ in range(5):
+    for _ in range(3):
         axes = [orders(last, count) for last, count in zip(lasts, counts, strict=True)]
         if mode == "pseudorandom":
             us = [[Fraction(k, 2 * last) for k in range(1, 2 * last)] for last in lasts]

@@ -87,8 +87,7 @@ def test_a_seed_gives_the_same_and_none_goes_on():
     np.testing.assert_array_equal(kopt.mc_predict(classifier(), X, 3).mean, one)
 
 
-@pytest.mark.parametrize("seed", [None, 3])
-@pytest.mark.parametrize("eagerly", [False, True])
+@pytest.mark.parametrize(("seed", "eagerly"), [(None, False), (3, False), (3, True)])
 def test_the_model_is_as_it_was(seed, eagerly):
     model = classifier(layers.BatchNormalization(), run_eagerly=eagerly)
     model.fit(X, Y, verbose=0)
