@@ -2,6 +2,7 @@
 
 from kopt import callbacks as callbacks
 from kopt import data as data
+from kopt import layers as layers
 from kopt import plot as plot
 from kopt import schedules as schedules
 from kopt.batch_norm import update_bn as update_bn
@@ -9,6 +10,7 @@ from kopt.curvature import curvature as curvature
 from kopt.describe import describe as describe
 from kopt.ensemble import Ensemble as Ensemble
 from kopt.finder import find_learning_rate as find_learning_rate
+from kopt.monte_carlo import mc_predict as mc_predict
 from kopt.numerics import exponentially_weighted_average as exponentially_weighted_average
 from kopt.optimizers.adagrad import Adagrad as Adagrad
 from kopt.optimizers.adam import Adam as Adam

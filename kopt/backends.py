@@ -539,3 +539,9 @@ def set_random_state(state: dict) -> None:
         torch.set_rng_state(torch.from_numpy(state["cpu"]))
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all([torch.from_numpy(each) for each in state["cuda"]])
+
+
+def seed_random_state(seed: int) -> None:
+    """Let it follow from a seed, where Keras's layers draw from it: on torch."""
+    if BACKEND == "torch":
+        torch.manual_seed(seed)

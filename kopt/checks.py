@@ -154,6 +154,33 @@ def several(check: Check, what: str) -> Check:
     return judge
 
 
+def is_several(value: Any) -> bool:
+    return isinstance(value, (list, tuple, np.ndarray)) and getattr(value, "ndim", 1) > 0
+
+
+def one_or_several(check: Check, what: str) -> Check:
+    """A list of what is right, of one if one is given."""
+
+    def judge(name: str, value: Any) -> list:
+        try:
+            return several(check, what)(name, value if is_several(value) else [value])
+        except ValueError:
+            return refuse(name, what, value)
+
+    return judge
+
+
+def pair(check: Check, what: str) -> Check:
+    """A value for the height and one for the width, or one for both."""
+
+    def judge(name: str, value: Any) -> tuple:
+        found = one_or_several(check, what)(name, value)
+        found = found if is_several(value) else found * 2
+        return tuple(found) if len(found) == 2 else refuse(name, what, value)
+
+    return judge
+
+
 def learning_rate(name: str, value: Any) -> Any:
     """A number of 0 or more, a schedule, or a callable without arguments."""
     allowed = "a finite number of 0 or more, a LearningRateSchedule, or a callable that takes no argument"

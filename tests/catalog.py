@@ -14,6 +14,7 @@ import pytest
 
 import kopt
 import kopt.callbacks as kc
+import kopt.layers as kl
 import kopt.schedules as ks
 import kopt.tuner
 from kopt.optimizers.rule import KERNELS
@@ -826,6 +827,28 @@ KINDS |= {
     },
     kopt.tuner.SearchResult: {field.name: "made by a search" for field in fields(kopt.tuner.SearchResult)},
 }
+DRAWN = {"seed": "count 0?"}
+FORMAT = {"data_format": "channels_last|channels_first?"}
+KINDS |= {
+    kl.DropPath: {"rate": "fraction", "mode": "sample|batch"} | DRAWN,
+    kl.drop_path_rates: {"depths": "counts", "rate": "fraction"},
+    kl.DropConnectDense: {"units": "count 1", "rate": "fraction", "drop_bias": "boolean"} | DRAWN,
+    kl.DropConnectConv2D: {"filters": "count 1", "kernel_size": "size", "rate": "fraction", "drop_bias": "boolean"}
+    | DRAWN,
+    kl.DropBlock2D: {"rate": "fraction", "block_size": "count 1"} | DRAWN | FORMAT,
+    kl.FractionalMaxPooling2D: {"pool_ratio": "ratio", "overlapping": "boolean", "mode": "random|pseudorandom"}
+    | DRAWN
+    | FORMAT,
+    kopt.mc_predict: {
+        "model": "a built model",
+        "x": "batches",
+        "n": "count 2",
+        "batch_size": "count 1",
+        "layers": "layers?",
+        "seed": "count 0?",
+        "verbose": "count 0",
+    },
+}
 TRIED_ELSEWHERE = {  # the step makes `At`; others have a test file of their own
     kopt.At,
     kopt.Ensemble,
@@ -834,8 +857,10 @@ TRIED_ELSEWHERE = {  # the step makes `At`; others have a test file of their own
     kopt.Multipliers,
     kopt.describe,
     kopt.find_learning_rate,
+    kl.drop_path_rates,  # which makes as long a list as one asks for
     kopt.layer_decay,
     kopt.load_optimizer,
+    kopt.mc_predict,
     kopt.minimize,
     kopt.minimize_fn,
     kopt.plot.range_test,
@@ -846,7 +871,7 @@ TRIED_ELSEWHERE = {  # the step makes `At`; others have a test file of their own
 }
 PUBLIC = {
     f"{module.__name__}.{name}": value
-    for module in (kopt, kopt.callbacks, kopt.data, kopt.plot, kopt.schedules, kopt.tuner)
+    for module in (kopt, kopt.callbacks, kopt.data, kopt.layers, kopt.plot, kopt.schedules, kopt.tuner)
     for name, value in vars(module).items()
     if callable(value) and not name.startswith("_") and value.__module__.startswith("kopt")
 }

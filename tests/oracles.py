@@ -5,6 +5,7 @@ and returns what to add to the weight. Hyperparameters may differ from step to s
 """
 
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -162,3 +163,30 @@ def polyak(series, momentum, every=1, warmup=None, corrected=True):
             now = now if i else 0.0
         average, known = now * average + (1 - now) * w, now * known + (1 - now)
     return average / known
+
+
+# Layers
+
+
+def pooled(image, rows, columns, overlapping):
+    """Fractional max pooling of one image, (height, width, channels), in regions between these edges (Graham, 2014)."""
+    made = np.empty((len(rows) - 1, len(columns) - 1, image.shape[-1]))
+    for i in range(len(rows) - 1):
+        for j in range(len(columns) - 1):
+            below, right = rows[i + 1] + overlapping, columns[j + 1] + overlapping
+            made[i, j] = image[rows[i] : below, columns[j] : right].max((0, 1))
+    return made
+
+
+def pseudorandom_edges(last, count, u):
+    """Those of the paper: `ceil(a (i + u))`, from 0."""
+    edges = [math.ceil(Fraction(last, count) * (i + u)) for i in range(count + 1)]
+    return [edge - edges[0] for edge in edges]
+
+
+def blocks_left(begins, size):
+    """DropBlock's mask of one map: 0 in each block that begins where `begins` says, else 1."""
+    left = np.ones(begins.shape)
+    for row, column in np.argwhere(begins):
+        left[row : row + size, column : column + size] = 0
+    return left

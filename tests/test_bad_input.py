@@ -119,6 +119,8 @@ LEGAL = {
     "two inners": lambda v: several(v, LEGAL["inner"]) and len(v) == 2 and v[0] <= v[1],
     "schedule": lambda v: isinstance(v, kopt.schedules.Schedule),
     "closed_fraction": lambda v: 0 <= number(v) <= 1 and 0 <= exactly(v) <= 1,
+    "ratio": lambda v: number(v) > 1 or (several(v, lambda n: number(n) > 1) and len(v) == 2),
+    "size": lambda v: 0 < whole(v) < 2**31 or (several(v, lambda n: whole(n) > 0) and len(v) == 2),
     "boolean": lambda v: isinstance(v, (bool, np.bool_)),
     "text": lambda v: isinstance(v, str) and v != "" and "/" not in v,
     "sentence": lambda v: isinstance(v, str) and v != "",
@@ -194,6 +196,11 @@ def test_arguments_are_taken_or_refused_as_declared(target, kinds, variables_mad
         "WarmUp": {"steps": 2},
         "CosineRestarts": {"cycle_steps": 2},
         "CyclicalRate": {"max_learning_rate": 3e38, "cycle_steps": 2},
+        "DropPath": {"rate": 0.1},
+        "DropConnectDense": {"units": 2, "rate": 0.1},
+        "DropConnectConv2D": {"filters": 2, "kernel_size": 3, "rate": 0.1},
+        "DropBlock2D": {"rate": 0.1},
+        "FractionalMaxPooling2D": {"pool_ratio": 1.5},
         "WarmUpStableDecay": {"warmup_steps": 1, "decay_epochs": 1},
     }
     cases = 0

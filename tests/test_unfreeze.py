@@ -221,8 +221,9 @@ def test_what_is_refused():
         fit(model, staged({0: {"tail": 0}}))
     lazy = keras.Sequential([keras.layers.Dense(1)])
     lazy.compile("adam", loss="mse")
-    with pytest.raises(ValueError, match="`model` must be built"):
-        fit(lazy, staged({0: {"dense": 0}}))
+    if BACKEND == "tensorflow":  # the others build a model before its first step
+        with pytest.raises(ValueError, match="`model` must be built"):
+            fit(lazy, staged({0: {"dense": 0}}))
     ramp = [{"epoch": 0, "multipliers": {"base": 0}}, {"epoch": 1, "multipliers": {"base": 1}, "ramp_steps": 3}]
     batches = ((X[:8], Y[:8]) for _ in range(8))
     with pytest.raises(ValueError, match=r"`stages` of 'base'|how many batches"):

@@ -1,7 +1,10 @@
-"""Layers that are called as in training, or as in inference, whatever their caller says."""
+"""Which layers are random, and layers called as in training, or as in inference, whatever their caller says."""
 
 import contextlib
 
+import keras
+
+from kopt._keras import generators_of, global_seeds, layers_of
 from kopt._keras.stepping import stand_in
 
 
@@ -32,3 +35,35 @@ def _with(layer, training):
 
     call_with.as_given = call
     return call_with
+
+
+def random_layers(model) -> list:
+    """The layers that regularize at random: those with a source of random numbers, but no augmentation of data.
+
+    Keras gives layers of rate 0 no such source, but cells of recurrent layers always. Theirs is used by the layer, too.
+    """
+    layers = layers_of(model)
+    cells = [layer for layer in layers if generators_of(layer) and _is_active(layer) and not _augments(layer)]
+    known = {id(layer) for layer in cells}
+    loops = [layer for layer in layers if isinstance(layer, keras.layers.RNN) and known & _ids_within(layer.cell)]
+    return [*cells, *loops]
+
+
+def _ids_within(cell) -> set:
+    return set(map(id, layers_of(cell))) if isinstance(cell, keras.layers.Layer) else set()
+
+
+def _is_active(layer) -> bool:
+    rates = [getattr(layer, name) for name in ("dropout", "recurrent_dropout") if hasattr(layer, name)]
+    return not rates or any(rates)
+
+
+def _augments(layer) -> bool:
+    """Whether Keras or a class derived from one of Keras's makes a layer one of preprocessing."""
+    return any(cls.__module__.startswith("keras.src.layers.preprocessing") for cls in type(layer).__mro__)
+
+
+def seeds_of(model) -> list:
+    """The variables that random numbers are drawn from, also Keras's own."""
+    kept = {id(variable) for variable in model.weights}
+    return [*(variable for variable in model.variables if id(variable) not in kept), *global_seeds()]
