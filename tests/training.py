@@ -141,8 +141,6 @@ def network(optimizer, **compiled):
         [keras.Input((4,)), keras.layers.Dense(3, activation="relu", name="body"), keras.layers.Dense(2, name="head")]
     )
     model.compile(optimizer, loss="mse", **compiled)
-    if BACKEND == "tensorflow" and model.optimizer:  # or else the step is traced twice, and makes the slots
-        model.optimizer.build(model.trainable_variables)
     return model
 
 
