@@ -79,7 +79,7 @@ second-order: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## A phys
 learning-rates: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Search a learning rate from coarse to fine; a report and a picture, in out/lr_search
 	$(BIN)/python recipes/lr_search.py $(if $(SMOKE),--smoke,--check) --out out/lr_search
 
-bench: $(BENCHES) second-order learning-rates  ## All of the following, second-order and learning-rates, on KERAS_BACKEND; SMOKE=1 for a quick look
+bench: $(BENCHES) $(if $(SMOKE),,second-order learning-rates)  ## All of the following, second-order and learning-rates, on KERAS_BACKEND; SMOKE=1 for a quick look at the former
 
 bench-step: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time an optimizer's step beside Keras's
 	$(BIN)/python tests/bench/step.py --out out/bench-$(or $(KERAS_BACKEND),tensorflow).json $(if $(SMOKE),--smoke)

@@ -104,8 +104,8 @@ class Curve(keras.callbacks.Callback):
                     self.errors_[name].append(error(self.model, self.data))
 
 
-def train(seed, epochs):
-    """The error of every arm on the test images, from two trainings; and the second one, to look at."""
+def train(seed, epochs, watched):
+    """The error of every arm on the test images, from two trainings; the curves of the second, if watched, and it."""
     train_set, validation, test = digits(seed)
     errors = {KERAS: error(fit(network(seed, use_ema=True, ema_momentum=MOMENTUM), train_set, seed, epochs), test)}
 
@@ -116,7 +116,7 @@ def train(seed, epochs):
     }
     plain = kopt.callbacks.PolyakAveraging(MOMENTUM, validate="raw", on_train_end="raw", name="plain")
     model, curve = network(seed), Curve(averages, test)
-    fit(model, train_set, seed, epochs, [*averages.values(), plain, curve])
+    fit(model, train_set, seed, epochs, [*averages.values(), plain, *([curve] if watched else [])])
     errors[RAW] = error(model, test)
     for name, average in {**averages, "EMA, no update_bn": plain}.items():
         with average.applied():
@@ -219,8 +219,9 @@ def main(argv=None):
     about = {"keras": keras.__version__, "backend": keras.backend.backend()}
     print("Keras {keras} on {backend}".format(**about))
     runs = []
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        errors, curves, ema = train(seed, args.epochs)
+    last = args.first_seed + args.seeds - 1
+    for seed in range(args.first_seed, last + 1):
+        errors, curves, ema = train(seed, args.epochs, watched=seed == last)
         runs.append(errors)
         print(f"seed {seed}: " + ", ".join(f"{arm} {errors[arm]:.2f}" for arm in (RAW, KERAS, EMA, SWA)), flush=True)
     rows = compare(runs)

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import tempfile
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -20,9 +21,12 @@ keras.config.set_floatx(FLOATX)
 BACKEND = keras.backend.backend()
 if BACKEND == "tensorflow":  # two devices for tests/test_distribution.py
     import tensorflow as tf
+    from tensorflow.python.ops import gen_resource_variable_ops
 
     two = [tf.config.LogicalDeviceConfiguration()] * 2
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], two)
+    make_handle = gen_resource_variable_ops.var_handle_op  # makes a kernel for each name, which takes half of the time
+    gen_resource_variable_ops.var_handle_op = lambda *a, **k: make_handle(*a, **{**k, "debug_name": ""})
 
 hypothesis.settings.register_profile("kopt", max_examples=30, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("kopt")
@@ -39,6 +43,24 @@ def fresh():
 def generator():
     """Hypothesis makes its generator in its first run and asks gc who holds it, which gc.freeze would hide."""
     hypothesis.find(hypothesis.strategies.none(), lambda value: True)
+
+
+def pytest_configure(config):
+    """Have JAX keep what it compiles, for other tests, processes and runs: most of the time it compiles the same."""
+    if BACKEND == "jax" and hasattr(config, "cache"):
+        import jax
+        from jax._src.lru_cache import LRUCache
+
+        def put(self, key, value):
+            """In one piece: another process may be reading."""
+            with tempfile.NamedTemporaryFile(dir=self.path, delete=False) as file:
+                file.write(value)
+            os.replace(file.name, self.path / f"{key}-cache")
+
+        LRUCache.put = put
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 ENDED = itertools.count(1)

@@ -203,9 +203,9 @@ def test_arguments_are_taken_or_refused_as_declared(target, kinds, variables_mad
         "FractionalMaxPooling2D": {"pool_ratio": 1.5},
         "WarmUpStableDecay": {"warmup_steps": 1, "decay_epochs": 1},
     }
-    cases = 0
+    cases, every = 0, list(values())
     for name, kind in kinds.items():
-        for value in values():
+        for value in every:
             needed = {} if value is None else NEEDED.get(name, {})
             given = {k: v for k, v in needed.items() if k in kinds}
             given = start.get(target.__name__, {}) | given
@@ -221,7 +221,7 @@ def test_arguments_are_taken_or_refused_as_declared(target, kinds, variables_mad
             if made and hasattr(made[0], "get_config") and not callable(value):
                 json.dumps(made[0].get_config())
             cases += 1
-    assert cases == len(kinds) * len(list(values())) > 150
+    assert cases == len(kinds) * len(every) > 150
     record_property("cases", cases)
 
 

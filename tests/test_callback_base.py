@@ -523,9 +523,9 @@ def test_every_callback_can_be_copied_before_and_after_a_fit(name, tmp_path, mon
 
     def fit(callback):
         keras.utils.set_random_seed(0)
-        optimizer = kopt.LBFGS(accumulate_steps=4) if name == "LineSearchMonitor" else kopt.SGD(0.01, momentum=0.9)
+        optimizer = kopt.LBFGS(accumulate_steps=2) if name == "LineSearchMonitor" else kopt.SGD(0.01, momentum=0.9)
         model = network(optimizer, run_eagerly=BACKEND == "tensorflow" and name != "LineSearchMonitor")
-        model.fit(X[:16], Y[:16], batch_size=4, epochs=2, shuffle=False, verbose=0, callbacks=[callback])
+        model.fit(X[:8], Y[:8], batch_size=4, epochs=2, shuffle=False, verbose=0, callbacks=[callback])
         return numpy(model.weights)
 
     callback = getattr(kopt.callbacks, name)(**NEEDED.get(name, {}))

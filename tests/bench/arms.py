@@ -44,7 +44,7 @@ SHAPES = {
     "80 small, 0.3 M": [(64, 64)] * 80,
     "1000 small, 1 M": [(32, 32)] * 1000,
 }
-SMOKE_SHAPES = {"4 large, 0.3 M": [(256, 256)] * 4, "20 small, 0.02 M": [(32, 32)] * 20}
+SMOKE_SHAPES = {"a large one and two small": [(130, 130), (8, 8), (8,)]}
 
 
 def filled(shapes, value):

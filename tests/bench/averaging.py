@@ -68,17 +68,18 @@ def applies(cls, depth, width, rounds, calls=50) -> dict[str, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="few steps")
+    parser.add_argument("--smoke", action="store_true", help="a small network, few steps")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     args = parser.parse_args()
     steps, epochs, rounds = (20, 2, 1) if args.smoke else (200, 4, args.rounds)
+    sizes = {"2 layers of 8": (2, 8)} if args.smoke else {size: SIZES[size] for size in args.sizes}
     print(f"Keras {keras.__version__} on {keras.backend.backend()}; milliseconds of a step, median of {rounds} rounds")
     for cls in (keras.optimizers.Adam, kopt.Adam):
-        for size in args.sizes:
+        for size, shape in sizes.items():
             whose = cls.__module__.split(".")[0]
             if keras.backend.backend() == "torch":
-                alone = applies(cls, *SIZES[size], rounds)
+                alone = applies(cls, *shape, rounds)
                 of = (alone["PolyakAveraging"] - alone["none"]) / (alone["use_ema"] - alone["none"])
                 said = ", ".join(f"{arm} {value:.3f}" for arm, value in alone.items())
                 print(
@@ -89,7 +90,7 @@ def main():
                 for arm, make in ARMS.items():
                     arguments, callbacks = make()
                     optimizer = cls(1e-3, **arguments)
-                    found[arm] += bench.milliseconds(optimizer, callbacks, *SIZES[size], steps, epochs)
+                    found[arm] += bench.milliseconds(optimizer, callbacks, *shape, steps, epochs)
             middle = {arm: float(np.median(values)) for arm, values in found.items()}
             low, high = np.percentile(found["none"], [25, 75]) / middle["none"]
             print(f"\n{whose}.Adam, {size}: none {middle['none']:.3f}, quartiles {low:.2f}-{high:.2f}")

@@ -52,9 +52,9 @@ def branch(condition, update, variables):
 FORMS = {"select": select, "branch": branch, "loop (kopt)": backends.when}
 
 
-def stepper(optimizer, shape, jit):
-    variables = [keras.Variable(np.ones(shape, "float32")) for _ in range(11)]
-    gradients = [ops.convert_to_tensor(np.full(shape, 0.01, "float32")) for _ in variables]
+def stepper(optimizer, shapes, jit):
+    variables = [keras.Variable(np.ones(shape, "float32")) for shape in shapes]
+    gradients = [ops.convert_to_tensor(np.full(shape, 0.01, "float32")) for shape in shapes]
     optimizer.build(variables)
     if BACKEND == "tensorflow":
         step = tf.function(lambda *g: optimizer.apply(g, variables), jit_compile=jit)
@@ -79,11 +79,11 @@ def measure(arms, repeats):
     return {name: (np.median(np.concatenate(steps[:-1])), np.median(steps[-1])) for name, steps in times.items()}
 
 
-def compiled(make, form, shape, jit):
+def compiled(make, form, shapes, jit):
     """A step compiled with one form of the condition; Keras's own where there is none."""
     if form:
         backends.when = form
-    run = stepper(make(), shape, jit)
+    run = stepper(make(), shapes, jit)
     for _ in range(WINDOW):
         run()
     backends.when = FORMS["loop (kopt)"]
@@ -94,7 +94,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="small shapes, few runs")
     smoke = parser.parse_args(argv).smoke
-    shape, repeats = ((64, 64), 1) if smoke else ((1448, 1448), 8)
+    shapes, repeats = ([(8, 8)] * 2, 1) if smoke else ([(1448, 1448)] * 11, 8)
     print("| backend | form | skip | accumulation: adding step | updating step |\n|---|---|---|---|---|")
     for jit in (False, True) if BACKEND == "tensorflow" else (True,):
         cases = {
@@ -106,8 +106,8 @@ def main(argv=None):
         }
         times = {}
         for case, (ours, other) in cases.items():
-            arms = {name: compiled(ours, form, shape, jit) for name, form in FORMS.items()}
-            arms["no condition" if case == "skip" else "Keras"] = compiled(other, None, shape, jit)
+            arms = {name: compiled(ours, form, shapes, jit) for name, form in FORMS.items()}
+            arms["no condition" if case == "skip" else "Keras"] = compiled(other, None, shapes, jit)
             times[case] = measure(arms, repeats)
         backend = BACKEND + ("" if BACKEND == "jax" else " with XLA" if jit else " without XLA")
         for name in FORMS:

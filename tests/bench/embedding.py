@@ -43,10 +43,10 @@ def stepper(layer, optimizer, rows, width):
 
 
 def main(smoke=False):
-    rows, width, repeats = (5_000, 16, 5) if smoke else (500_000, 64, 11)
+    rows, width, repeats = (500, 4, 2) if smoke else (500_000, 64, 11)
     print(f"A table of {rows} x {width}, 256 x 8 rows of it in a batch: milliseconds of the step that `fit` compiles")
     results = []
-    for name, (ours, theirs) in ARMS.items():
+    for name, (ours, theirs) in list(ARMS.items())[-1 if smoke else 0 :]:
         steps = {
             f"{who}, {layer.__name__}": stepper(layer, make(), rows, width)
             for layer in (keras.layers.Embedding, Lookup)

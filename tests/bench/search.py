@@ -31,7 +31,7 @@ import kopt
 import kopt.tuner
 
 LOW, HIGH, EPOCHS, WORST = 1e-6, 10.0, 15, 3.0
-GRID = np.geomspace(1e-5, 10, 31)
+GRID, STAGES = np.geomspace(1e-5, 10, 31), None  # kopt's own stages
 PROBLEMS = {  # data, optimizer at a rate, hidden units, batch size
     "digits, momentum": (datasets.load_digits, lambda r: kopt.SGD(r, momentum=0.9), (32,), 32),
     "digits, Adam": (datasets.load_digits, kopt.Adam, (32, 32), 32),
@@ -121,8 +121,9 @@ class Count(keras.callbacks.Callback):
 
 def by_kopt(problem, budget, seed, folder):
     search = kopt.tuner.LearningRateSearch(
-        problem.of, "val_loss", min_learning_rate=LOW, max_learning_rate=HIGH, seed=seed, directory=folder
-    )
+        problem.of, "val_loss", min_learning_rate=LOW, max_learning_rate=HIGH, stages=STAGES, seed=seed,
+        directory=folder,
+    )  # fmt: skip
     search.search(*problem.data, epochs=EPOCHS, callbacks=[Count()], **problem.given)
     steps = -(-len(problem.data[0]) // problem.batch_size)
     Count.epochs += [1] * math.ceil(sum(len(test.losses) for test in search.result.range_tests) / steps)
@@ -215,10 +216,16 @@ def table(rows) -> str:
     return "\n".join(lines)
 
 
+def small():
+    """Trainings of two epochs, few of them: to see that it runs."""
+    global EPOCHS, GRID, STAGES
+    EPOCHS, GRID, STAGES = 2, GRID[::10], [(4, 1), (2, 2)]
+
+
 def main(given=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--smoke", action="store_true", help="one problem and seed; KerasTuner's tuners run two trainings"
+        "--smoke", action="store_true", help="one problem and seed, short trainings; KerasTuner's tuners run two"
     )
     parser.add_argument("--seeds", type=int, default=3, help="searches of each kind")
     parser.add_argument("--fresh", type=int, default=5, help="seeds for the chosen rate")
@@ -228,6 +235,8 @@ def main(given=None):
     )
     parser.add_argument("--out", help="a file for the rows, as JSON")
     given = parser.parse_args(given)
+    if given.smoke:
+        small()
     names = given.problems or list(PROBLEMS)[slice(4, 5) if given.smoke else slice(None)]
     searches = dict.fromkeys(["kopt", *given.searches])  # first, as the others may spend what it has spent
     seeds, fresh = (1, 1) if given.smoke else (given.seeds, given.fresh)
