@@ -15,7 +15,7 @@ OUT ?= out/quickstart
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: help demo test test-all test-tensorflow test-jax test-torch test-slow test-lowest test-plain soak compare-resume lint format bench
-.PHONY: averages snapshots second-order learning-rates bench-search bench-step bench-minimize bench-conditions bench-backup bench-schedules bench-averages bench-ensembles clean
+.PHONY: averages snapshots second-order learning-rates momentum batch-sizes bench-search bench-step bench-minimize bench-conditions bench-backup bench-schedules bench-averages bench-ensembles clean
 .DEFAULT_GOAL := help
 
 help:  ## List what make can do
@@ -78,6 +78,12 @@ second-order: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## A phys
 
 learning-rates: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Search a learning rate from coarse to fine; a report and a picture, in out/lr_search
 	$(BIN)/python recipes/lr_search.py $(if $(SMOKE),--smoke,--check) --out out/lr_search
+
+momentum: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Momentum annealed from 0.5 to 0.99 beside momenta that stay; 16 seeds, a picture, in out/momentum
+	$(BIN)/python recipes/momentum_anneal.py $(if $(SMOKE),--smoke,--check) --out out/momentum
+
+batch-sizes: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Batches of 8 to 512 and two rules for the rate; 12 seeds, a picture, in out/batch_sizes
+	$(BIN)/python recipes/batch_size.py $(if $(SMOKE),--smoke,--check) --out out/batch_sizes
 
 bench: $(BENCHES) $(if $(SMOKE),,second-order learning-rates)  ## All of the following, second-order and learning-rates, on KERAS_BACKEND; SMOKE=1 for a quick look at the former
 

@@ -196,6 +196,48 @@ def test_lr_search_refuses_before_it_trains(wrong, capsys):
     assert wrong[0] in capsys.readouterr().err
 
 
+def test_momentum_anneal(tmp_path, capsys):
+    result = recipe("momentum_anneal").main(["--smoke", "--out", str(tmp_path)])
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["momentum_anneal.png", "result.json"]
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert [row["momentum"] for row in result["rows"]] == ["0.9", "0.5 to 0.99"]
+    assert "decaying rate" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="two thousand small trainings; they are the same on all backends")
+def test_momentum_anneal_claim():
+    """On other seeds than the docstring's; the third setting takes as long as these."""
+    settings = ["--settings", "constant rate", "decaying rate"]
+    recipe("momentum_anneal").main(["--check", "--first-seed", "300", *settings])
+
+
+def test_batch_size(tmp_path, capsys):
+    result = recipe("batch_size").main(["--smoke", "--out", str(tmp_path)])
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["batch_size.png", "result.json"]
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    by_rule = {row["rule"]: row["rate"] / result["rows"][0]["rate"] for row in result["rows"] if row["size"] == 512}
+    assert (by_rule["constant"], by_rule["square root"], by_rule["linear"]) == (1, 4, 16)
+    assert "equal epochs" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="seven hundred trainings; they are the same on all backends")
+def test_batch_size_claim():
+    """On other seeds than the docstring's."""
+    recipe("batch_size").main(["--check", "--first-seed", "300", "--budgets", "equal epochs"])
+
+
+@pytest.mark.parametrize("name", ["momentum_anneal", "batch_size"])
+@pytest.mark.parametrize(
+    "wrong", [["--seeds", "0"], ["--first-seed", "5"], ["--check", "--smoke"], ["--out", __file__]]
+)
+def test_sweeps_refuse_before_they_train(name, wrong, capsys):
+    with pytest.raises(SystemExit):
+        recipe(name).main(wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
 FENCES = re.compile(r"```python\n(.+?)```", re.DOTALL)
 
 
