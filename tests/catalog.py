@@ -669,6 +669,13 @@ KINDS = {
     kc.MomentumAnneal: {"start": "fraction", "end": "fraction"} | LENGTH | NAME,
     ks.Schedule: {},  # has no constructor of its own
     kc.Schedule: {"hyperparameter": "text", "schedule": "schedule", "name": "text?"},
+    kc.StagedUnfreeze: {
+        "stages": "stages",
+        "engine": "multiplier|trainable",
+        "freeze_bn": "boolean",
+        "verbose": "count 0",
+        "name": "text?",
+    },
     kc.RateMonitor: {"hyperparameters": "names", "capacity": "count 1?", "name": "text?"},
     kopt.plot.schedule: {
         "shown": "made by others",

@@ -153,6 +153,11 @@ def swa():
     return kopt.callbacks.PolyakAveraging(kind="uniform", start_epoch=2, update_every_steps=3, **more)
 
 
+def staged(engine):
+    stages = [{"epoch": 0, "multipliers": {"bias": 0.0}}, {"epoch": 1, "multipliers": {"bias": 1.0}, "ramp_steps": 4}]
+    return kopt.callbacks.StagedUnfreeze(stages, engine=engine)
+
+
 def snapshots():
     return kopt.callbacks.SnapshotEnsemble(2, validation_data=(X, Y))
 
@@ -256,6 +261,15 @@ SCENARIOS = EIGHT | {
         kopt.SGD,
         {"momentum": 0.9, "nonfinite": "skip"},
         callbacks=(lambda: kopt.callbacks.CyclicalRate(0.1, cycle_epochs=1), swa),
+    ),
+    "staged": Scenario(
+        lambda rate: kopt.Multipliers(keras.optimizers.Adam(rate), {"kernel": 0.5}),
+        layer=layers.BatchNormalization,
+        callbacks=(lambda: staged("multiplier"),),
+        steps=3,
+    ),
+    "staged_trainable": Scenario(
+        ADAM, {"multipliers": {"kernel": 0.5}}, callbacks=(lambda: staged("trainable"),), steps=3
     ),
     "snapshots": Scenario(
         kopt.SGD, {"momentum": 0.9}, layer=layers.BatchNormalization, callbacks=(snapshots, polyak), steps=3

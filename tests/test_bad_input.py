@@ -104,6 +104,7 @@ def several(value, legal):
 
 LEGAL = {
     "groups": groups,
+    "stages": lambda v: False,  # none of these is
     "rate": rate,
     "finite": lambda v: not np.isnan(number(v)),
     "positive": lambda v: number(v) > 0,
@@ -192,6 +193,7 @@ def test_arguments_are_taken_or_refused_as_declared(target, kinds, variables_mad
         "BackupAndRestore": {"directory": "somewhere"},
         "seekable": {"source": Items()},
         "Schedule": {"hyperparameter": "momentum", "schedule": kopt.schedules.Constant()},
+        "StagedUnfreeze": {"stages": {0: {"a": 1}}},
         "Staircase": {"boundaries": [1, 2], "factors": [0.1, 0.2]},
         "WarmUp": {"steps": 2},
         "CosineRestarts": {"cycle_steps": 2},
@@ -244,7 +246,8 @@ def test_assignments_are_taken_or_refused_as_declared(target, kinds, built, vari
 
     own = inspect.signature(target).parameters.keys()
     same = {name for name in kinds.keys() - own if getattr(target, name, None) is getattr(kopt.Optimizer, name, 0)}
-    elsewhere = {"name"} | (set() if target is kopt.SGD else same)  # nothing reads `name` after the constructor
+    # Nothing reads `name` after the constructor; an assignment of multipliers names some of those there are.
+    elsewhere = {"name", "multipliers"} | (set() if target is kopt.SGD else same)
     for name, kind in kinds.items():
         if name in elsewhere:
             continue

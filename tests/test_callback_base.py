@@ -510,6 +510,7 @@ NEEDED = {  # arguments of those public callbacks that cannot do without, or are
     "LearningRateFinder": {"steps": 3, "verbose": 0},
     "Schedule": {"hyperparameter": "learning_rate", "schedule": kopt.schedules.Linear(initial=0.1)},
     "SnapshotEnsemble": {"cycles": 1, "max_learning_rate": 0.1},
+    "StagedUnfreeze": {"stages": {0: {"kernel": 0.5}}},
     "Staircase": {"boundaries": [1], "factors": [0.1]},
     "StepDecay": {"every_epochs": 1},
     "WarmUp": {"epochs": 1},

@@ -63,8 +63,21 @@ def test_private_attributes():
     theirs = keras.optimizers.SGD(use_ema=True)
     theirs.build([w])
     assert len(theirs._model_variables_moving_average) == 1
+    assert len(optimizer._variables) == len(optimizer.variables)
     assert hasattr(w, "_layout")
     assert hasattr(optimizer, "_distribution_strategy") == (BACKEND == "tensorflow")
+
+
+def test_a_frozen_layer_keeps_the_list_of_what_it_would_train():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1), keras.layers.BatchNormalization()])
+    frozen = model.layers[0]
+    frozen.trainable = False
+    assert _keras.frozen_in(model) == frozen.weights
+    frozen.trainable = True
+    assert _keras.frozen_in(model) == []
+    frozen.kernel.trainable = False  # one weight alone, as engine="trainable" does it
+    assert [v.name for v in model.trainable_variables] == ["bias", "gamma", "beta"]
+    assert frozen.get_config()["trainable"] is True
 
 
 def test_the_private_class_of_keras_still_rounds_a_constant_to_float32():

@@ -208,7 +208,7 @@ def test_what_is_refused():
     for stages, message in (
         ({}, "`stages` must be a dict of epochs"),
         ("base", "`stages` must be a dict of epochs"),
-        ([{"at": 1}], r"`stages\[0\]` must be a dict of epochs"),
+        ([{"at": 1}], r"`stages` must be a dict of epochs"),
         ({-1: {"base": 0}}, r"`stages\[0\]\['epoch'\]` must be an integer of 0 or more"),
         ({2: {"base": 0}, 1: {"base": 1}}, r"`stages\[1\]\['epoch'\]` must be later than 2"),
         ({0: {"base": -1}}, r"must be a finite number of 0 or more. Received"),

@@ -31,15 +31,16 @@ def parsed(value) -> list[Stage]:
         "a dict of epochs with the multipliers from each on, such as {0: {base: 0.0}, 3: {base: 0.1}}, or a list of "
         "dicts with `epoch`, `multipliers` and, if they are ramped, `ramp_epochs` or `ramp_steps`"
     )
-    if isinstance(value, Mapping):
-        value = [{"epoch": epoch, "multipliers": multipliers} for epoch, multipliers in value.items()]
     known = {"epoch", "multipliers", "ramp_epochs", "ramp_steps"}
-    if not isinstance(value, (list, tuple)) or not value:
+    if not isinstance(value, (Mapping, list, tuple)) or not value:
         checks.refuse("stages", allowed, value)
+    listed = value
+    if isinstance(value, Mapping):
+        listed = [{"epoch": epoch, "multipliers": multipliers} for epoch, multipliers in value.items()]
     stages: list[Stage] = []
-    for number, given in enumerate(value):
+    for number, given in enumerate(listed):
         if not isinstance(given, Mapping) or not {"epoch", "multipliers"} <= given.keys() <= known:
-            checks.refuse(f"stages[{number}]", allowed, given)
+            checks.refuse("stages", allowed, value)
         epoch = checks.count(0)(f"stages[{number}]['epoch']", given["epoch"])
         if stages and epoch <= stages[-1].epoch:
             checks.refuse(f"stages[{number}]['epoch']", f"later than {stages[-1].epoch}, the one before", epoch)

@@ -63,6 +63,7 @@ class StagedUnfreeze(InStep):
     """
 
     left_behind = (*InStep.left_behind, "_parts", "_whole", "_frozen", "_own_flags", "_held")
+    shared = ("stages",)  # layers are what they are
     _parts = _whole = _held = None
     _frozen: frozenset = frozenset()  # the ids of the variables that are not trained now
     _own_flags = ()  # pairs of a variable and whether it was trainable before

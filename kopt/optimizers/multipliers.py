@@ -4,6 +4,7 @@ import keras
 
 from kopt import _keras, backends, checks
 from kopt._keras import stepping
+from kopt._keras.wrapper import Wrapper
 from kopt.optimizers import factors, groups
 from kopt.optimizers.base import Optimizer
 
@@ -11,7 +12,7 @@ _OWN_THE_WEIGHTS = "ScheduleFreeAdamW", "ScheduleFreeSGD", "Lookahead"
 
 
 @_keras.register
-class Multipliers(keras.optimizers.Optimizer):
+class Multipliers(Wrapper):
     """One of Keras's optimizers, of whose updates some variables take more or less than all.
 
     After each update a weight in a group is `old + multiplier * (new - old)`. With 0 it stays as it is, to the bit,
@@ -56,10 +57,7 @@ class Multipliers(keras.optimizers.Optimizer):
         found = groups.parsed("multipliers", multipliers)
         if not found:
             checks.refuse("multipliers", "a dict with at least one entry", multipliers)
-        super().__init__(learning_rate=0.0, name=name)
-        for unused in list(self._variables):  # the rate and the count are those of the optimizer within
-            self._untrack_variable(unused)
-        self.inner_optimizer = inner
+        super().__init__(inner, name)
         self.__dict__["factors"] = factors.Factors(self, found)
         self.__dict__["group_of"] = {}  # id of a variable -> the position of its group
 
@@ -88,20 +86,12 @@ class Multipliers(keras.optimizers.Optimizer):
         if value is not self.factors:
             self.factors.assign(value)
 
-    def __setattr__(self, name, value):
-        if isinstance(getattr(type(self), name, None), property):  # Keras wraps what is assigned
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
     def build(self, variables):
         """Create the state of the optimizer within, unless it is there, and find the variables of the groups."""
         if self.built:
             return
         variables = list(variables)
         owner = self.factors.owner(variables)
-        if not self.inner_optimizer.built:
-            self.inner_optimizer.build(variables)
         super().build(variables)
         self.group_of.update({id(v): i for v, i in zip(variables, owner, strict=True) if i is not None})
 
@@ -113,7 +103,7 @@ class Multipliers(keras.optimizers.Optimizer):
                 checks.refuse("trainable_variables", "given at the first step, if `build` was not called", None)
             with backends.eagerly():
                 self.build(trainable_variables)
-        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        variables = self.trained if trainable_variables is None else list(trainable_variables)
         with factors.blending_around(self.inner_optimizer, lambda: self._taken(variables)):
             self.inner_optimizer.apply(grads, trainable_variables)
 
@@ -122,47 +112,5 @@ class Multipliers(keras.optimizers.Optimizer):
         places = [(variable, self.group_of.get(id(variable))) for variable in variables]
         return [(variable, shares[place]) for variable, place in places if place is not None]
 
-    @property
-    def variables(self):
-        return self._variables + self.inner_optimizer.variables
-
-    @property
-    def learning_rate(self):
-        return self.inner_optimizer.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, value):
-        if hasattr(self, "inner_optimizer"):
-            self.inner_optimizer.learning_rate = value
-
-    @property
-    def iterations(self):
-        return self.inner_optimizer.iterations
-
-    @property
-    def loss_scale_factor(self):
-        return self.inner_optimizer.loss_scale_factor
-
-    @loss_scale_factor.setter
-    def loss_scale_factor(self, value):
-        if hasattr(self, "inner_optimizer"):  # Keras's constructor assigns its own default
-            self.inner_optimizer.loss_scale_factor = value
-
-    def scale_loss(self, loss):
-        return self.inner_optimizer.scale_loss(loss)
-
-    def exclude_from_weight_decay(self, var_list=None, var_names=None):
-        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
-
-    def finalize_variable_values(self, var_list):
-        self.inner_optimizer.finalize_variable_values(var_list)
-
     def get_config(self):
-        inner = keras.saving.serialize_keras_object(self.inner_optimizer)
-        return {"name": self.name, "inner_optimizer": inner, "multipliers": self.factors.config()}
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        config = dict(config)
-        inner = keras.saving.deserialize_keras_object(config.pop("inner_optimizer"), custom_objects=custom_objects)
-        return cls(inner, **config)
+        return super().get_config() | {"multipliers": self.factors.config()}
