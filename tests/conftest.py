@@ -25,7 +25,7 @@ if BACKEND == "tensorflow":  # two devices for tests/test_distribution.py
 
     two = [tf.config.LogicalDeviceConfiguration()] * 2
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], two)
-    make_handle = gen_resource_variable_ops.var_handle_op  # makes a kernel for each name, which takes half of the time
+    make_handle = gen_resource_variable_ops.var_handle_op  # makes a kernel for each name: 0.4 ms
     gen_resource_variable_ops.var_handle_op = lambda *a, **k: make_handle(*a, **{**k, "debug_name": ""})
 
 hypothesis.settings.register_profile("kopt", max_examples=30, deadline=None, derandomize=True, database=None)
