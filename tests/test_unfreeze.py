@@ -209,7 +209,7 @@ def test_what_is_refused():
         ({}, "`stages` must be a dict of epochs"),
         ("base", "`stages` must be a dict of epochs"),
         ([{"at": 1}], r"`stages` must be a dict of epochs"),
-        ({-1: {"base": 0}}, r"`stages\[0\]\['epoch'\]` must be an integer of 0 or more"),
+        ({-1: {"base": 0}}, "`stages` must be of epochs that are integers of 0 or more, not -1"),
         ({2: {"base": 0}, 1: {"base": 1}}, r"`stages\[1\]\['epoch'\]` must be later than 2"),
         ({0: {"base": -1}}, r"must be a finite number of 0 or more. Received"),
     ):

@@ -41,12 +41,14 @@ def parsed(value) -> list[Stage]:
     for number, given in enumerate(listed):
         if not isinstance(given, Mapping) or not {"epoch", "multipliers"} <= given.keys() <= known:
             checks.refuse("stages", allowed, value)
-        epoch = checks.count(0)(f"stages[{number}]['epoch']", given["epoch"])
+        epoch = given["epoch"]
+        if isinstance(epoch, bool) or not isinstance(epoch, (int, np.integer)) or epoch < 0:
+            checks.refuse("stages", f"of epochs that are integers of 0 or more, not {epoch!r}", value)
         if stages and epoch <= stages[-1].epoch:
             checks.refuse(f"stages[{number}]['epoch']", f"later than {stages[-1].epoch}, the one before", epoch)
         found = groups.parsed(f"stages[{number}]['multipliers']", given["multipliers"])
         ramp = Length.of(given.get("ramp_epochs"), given.get("ramp_steps"), prefix="ramp_")
-        stages.append(Stage(epoch, found, None if ramp.is_open else ramp))
+        stages.append(Stage(int(epoch), found, None if ramp.is_open else ramp))
     return stages
 
 
