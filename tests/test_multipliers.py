@@ -249,6 +249,17 @@ def test_one_clip_one_rate_one_count():
     assert float(ops.convert_to_numpy(model.optimizer.inner_optimizer.learning_rate)) == 0.25
 
 
+@pytest.mark.parametrize("make", [kopt.Adam, lambda multipliers: kopt.Multipliers("adam", multipliers)])
+def test_an_average_is_of_the_weights_as_they_are(make):
+    model = network(make(multipliers={"body": 0.0}))
+    start = numpy(model.weights)
+    average = kopt.callbacks.PolyakAveraging(kind="uniform")
+    model.fit(X, Y, batch_size=8, epochs=2, verbose=0, callbacks=[average])
+    averaged = numpy(average.averaged_model().weights)
+    assert all(map(np.array_equal, averaged[:2], start[:2]))
+    assert not np.array_equal(averaged[2], start[2])
+
+
 def test_what_is_refused():
     for make in (lambda groups: kopt.Adam(multipliers=groups), lambda groups: kopt.Multipliers("adam", groups)):
         with pytest.raises(ValueError, match=r"`multipliers` must match a trainable.*head/bias.* Received: .*'tail'"):

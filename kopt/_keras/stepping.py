@@ -307,6 +307,25 @@ class Step:
             yield
 
 
+def apply_in(context, optimizer, grads, variables) -> None:
+    """Call an optimizer's `apply` with the update itself in a context; the parts of callbacks are around that."""
+
+    def apply(grads, variables=None):
+        with context():
+            update(grads, variables)
+
+    step = Step.of(optimizer)
+    if step is None:
+        update = optimizer.apply
+        apply(grads, variables)
+        return
+    update, step.apply = step.apply, apply
+    try:
+        optimizer.apply(grads, variables)
+    finally:
+        step.apply = update
+
+
 @contextlib.contextmanager
 def without_parts(optimizer):
     """The optimizer and those within it as they are when no callback has a part in the step."""

@@ -1,5 +1,7 @@
 """Multipliers around an optimizer of Keras."""
 
+from functools import partial
+
 import keras
 
 from kopt import _keras, backends, checks
@@ -104,8 +106,8 @@ class Multipliers(Wrapper):
             with backends.eagerly():
                 self.build(trainable_variables)
         variables = self.trained if trainable_variables is None else list(trainable_variables)
-        with factors.blending_around(self.inner_optimizer, lambda: self._taken(variables)):
-            self.inner_optimizer.apply(grads, trainable_variables)
+        blending = partial(factors.blending_around, self.inner_optimizer, lambda: self._taken(variables))
+        stepping.apply_in(blending, self.inner_optimizer, grads, trainable_variables)
 
     def _taken(self, variables):
         shares = backends.numbers(self.factors.variable, checks.held_dtype())
