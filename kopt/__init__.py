@@ -10,6 +10,8 @@ from kopt.curvature import curvature as curvature
 from kopt.describe import describe as describe
 from kopt.ensemble import Ensemble as Ensemble
 from kopt.finder import find_learning_rate as find_learning_rate
+from kopt.fine_tune import fine_tune as fine_tune
+from kopt.fine_tune import reinit_head as reinit_head
 from kopt.monte_carlo import mc_predict as mc_predict
 from kopt.numerics import exponentially_weighted_average as exponentially_weighted_average
 from kopt.optimizers.adagrad import Adagrad as Adagrad

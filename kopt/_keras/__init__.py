@@ -284,6 +284,14 @@ def made_from_config(model):
     return twin
 
 
+def made_anew(layer):
+    """A layer like this one, from its config, with weights as its initializers draw them."""
+    with SafeModeScope(False):
+        twin = type(layer).from_config(layer.get_config())
+        twin.build_from_config(layer.get_build_config())
+    return twin
+
+
 def hand_over(layer, other) -> None:
     """Give a layer like this one its state in the way of Keras's files: adapted layers make more of it then."""
     stored: dict = {}

@@ -45,6 +45,8 @@ def layer_decay(model, decay: float = 0.75, levels: list | None = None, min_mult
     Reference:
         Bao, Dong, Piao & Wei, BEiT: BERT pre-training of image transformers, 2022, https://arxiv.org/abs/2106.08254.
     """
+    if not isinstance(model, keras.Model):
+        checks.refuse("model", "a keras.Model", model)
     decay = checks.share("decay", decay)
     min_multiplier = checks.closed_fraction("min_multiplier", min_multiplier)
 
@@ -55,21 +57,27 @@ def layer_decay(model, decay: float = 0.75, levels: list | None = None, min_mult
         levels = [keys if isinstance(keys, (list, tuple)) else [keys] for keys in checks.listed("levels", levels)]
         levels = [checks.keys("levels", list(keys)) for keys in levels]
         return [(keys, at(above)) for above, keys in enumerate(reversed(levels))]
+    found = levels_of(model)
+    if not found:
+        checks.refuse("model", "one with trainable weights: build it first", getattr(model, "name", model))
+    return {layer: at(above) for above, level in enumerate(reversed(found)) for layer in level}
+
+
+def levels_of(model) -> list[list]:
+    """The layers of a model with trainable weights, from the input to the output, each with its normalizations."""
     found: list[list] = []
     for layer in _layers(model):
         if found and isinstance(layer, NORMALIZATIONS):
             found[-1].append(layer)
         else:
             found.append([layer])
-    if not found:
-        checks.refuse("model", "one with trainable weights: build it first", getattr(model, "name", model))
-    return {layer: at(above) for above, level in enumerate(reversed(found)) for layer in level}
+    return found
 
 
 def _layers(model) -> list:
     """The layers with trainable weights of their own, in the order of the model."""
     if not isinstance(model, keras.Model):
-        checks.refuse("model", "a keras.Model", model)
+        return [model] if model.trainable_variables else []
     seen: set[int] = set()
     found: list = []
     for layer in _within(model):

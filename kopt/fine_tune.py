@@ -1,0 +1,156 @@
+"""Fine-tuning in one call: a new head on a frozen body first, then the body, too, and less."""
+
+import keras
+
+from kopt import _keras, checks
+from kopt.callbacks.unfreeze import StagedUnfreeze
+from kopt.optimizers.layer_decay import levels_of
+
+LISTED = "the base of the model: a layer or model in it, or a list of such"
+
+
+def fine_tune(
+    model,
+    base,
+    x=None,
+    y=None,
+    *,
+    head_epochs: int = 3,
+    epochs: int = 10,
+    learning_rate: float | None = None,
+    body_multiplier: float = 0.1,
+    levels: int | None = None,
+    ramp_epochs: float | None = None,
+    reinit: bool = False,
+    engine: str = "multiplier",
+    freeze_bn: bool = True,
+    callbacks=None,
+    **fit_arguments,
+):
+    """Train a network whose body was trained before: its head alone at first, then the body with a small rate, too.
+
+    All in one `fit`, with the optimizer, loss and metrics of `compile`: one optimizer state, one schedule, one
+    `History`. The head, which is all that is not in `base`, learns at the full rate throughout; the body rests for
+    `head_epochs` and then takes `body_multiplier` of each update. Batch normalization of the body stays in inference.
+
+    With more data, train more of the network: with a handful of labels a class only the head (`body_multiplier=0`),
+    with more the top of the body (`levels=1`, 2, ...), then all of it (the default).
+
+    When to use it: a body that was trained on something like the task. Where it was not, training from scratch can be
+    better: compare, as `recipes/transfer_digits.py` does. A head that is good already needs no `head_epochs`.
+
+    Args:
+        model: A compiled model, with its weights.
+        base: The body: a layer or model in it, or a list of such.
+        x: The inputs, or any data that `fit` takes.
+        y: The targets.
+        head_epochs: How many epochs the head learns alone. 0: none.
+        epochs: How many epochs come after them.
+        learning_rate: The rate of the head; by default that of the optimizer, which may be a schedule.
+        body_multiplier: How much of each update the body takes then.
+        levels: How many levels of the body are trained, from the top: layers with weights, a normalization together
+            with the layer before it, as for `kopt.layer_decay`. None: all.
+        ramp_epochs: Let the body begin slowly, in a straight line over so many epochs.
+        reinit: Draw the weights of the head anew before (`kopt.reinit_head`).
+        engine: "multiplier", or "trainable", which saves time while the body rests; see
+            `kopt.callbacks.StagedUnfreeze`.
+        freeze_bn: Keep batch normalization of the body in inference.
+        callbacks: Others, as for `fit`.
+        **fit_arguments: Others of `fit`: `batch_size`, `validation_data`, `verbose`, `class_weight`, ...
+
+    Returns:
+        The `History` of `fit`, with `multiplier/<name>` of the body.
+
+    Example:
+        >>> import keras, kopt, numpy as np
+        >>> base = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)], name="base")
+        >>> model = keras.Sequential([base, keras.layers.Dense(1)])
+        >>> model.compile("adam", loss="mse")
+        >>> history = kopt.fine_tune(model, base, np.ones((4, 2)), np.ones(4), head_epochs=1, epochs=2, verbose=0)
+        >>> history.history["multiplier/base"]
+        [0.0, 0.1, 0.1]
+
+    Reference:
+        Yosinski, Clune, Bengio & Lipson, How transferable are features in deep neural networks?, 2014,
+        https://arxiv.org/abs/1411.1792.
+    """
+    bases = _bases(model, base)
+    if not getattr(model, "compiled", False) or getattr(model, "optimizer", None) is None:
+        checks.refuse("model", "a compiled model, with an optimizer", model)
+    head_epochs, epochs = checks.count(0)("head_epochs", head_epochs), checks.count(1)("epochs", epochs)
+    learning_rate = checks.optional(checks.positive)("learning_rate", learning_rate)
+    body_multiplier = checks.nonnegative("body_multiplier", body_multiplier)
+    ramp_epochs = checks.optional(checks.epochs)("ramp_epochs", ramp_epochs)
+    for name in ("epochs", "initial_epoch"):
+        if name in fit_arguments:
+            checks.refuse(name, "left out", fit_arguments[name])
+    trained = bases
+    if levels is not None:
+        found = [level for one in bases for level in levels_of(one)]
+        levels = checks.count(1)("levels", levels)
+        if levels > len(found):
+            checks.refuse("levels", f"{len(found)} at most, as many as the base has", levels)
+        trained = [layer for level in found[-levels:] for layer in level]
+    stages = [{"epoch": 0, "multipliers": [(bases, 0.0)]}]
+    later = {"epoch": head_epochs, "multipliers": [(trained, body_multiplier)], "ramp_epochs": ramp_epochs}
+    if head_epochs:
+        stages.append(later)
+    elif levels is None:
+        stages = [later]
+    else:
+        stages = [{**later, "multipliers": [(trained, body_multiplier), (bases, 0.0)]}]
+    staged = StagedUnfreeze(stages, engine=engine, freeze_bn=freeze_bn)
+    if checks.boolean("reinit", reinit):
+        reinit_head(model, base)
+    if learning_rate is not None:
+        model.optimizer.learning_rate = learning_rate
+    callbacks = [*(callbacks if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []), staged]
+    return model.fit(x, y, epochs=head_epochs + epochs, callbacks=callbacks, **fit_arguments)
+
+
+def reinit_head(model, base, zeros: bool = False) -> None:
+    """Draw the weights of a model anew that are not in its base, each by the initializer of its layer.
+
+    A head that was trained for other classes is worse than a random one. Compile afterwards: an optimizer that was in
+    use keeps its moments of the old weights.
+
+    Args:
+        model: The model, with its weights.
+        base: The body, which stays: a layer or model in it, or a list of such.
+        zeros: Let the last layer begin with zeros, as Big Transfer has it: the first gradients then do not depend on
+            what was drawn, and nothing of them goes into the body.
+
+    Example:
+        >>> import keras, kopt
+        >>> base = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
+        >>> model = keras.Sequential([base, keras.layers.Dense(1, name="head")])
+        >>> kopt.reinit_head(model, base, zeros=True)
+        >>> float(keras.ops.sum(keras.ops.abs(model.get_layer("head").kernel)))
+        0.0
+
+    Reference:
+        Kolesnikov et al., Big Transfer (BiT): General visual representation learning, 2020,
+        https://arxiv.org/abs/1912.11370, for the zeros.
+    """
+    bases = _bases(model, base)
+    zeros = checks.boolean("zeros", zeros)
+    kept = {id(layer) for one in bases for layer in _keras.layers_of(one)}
+    head = [layer for level in levels_of(model) for layer in level if id(layer) not in kept]
+    if not head:
+        checks.refuse("base", "a part of the model, so that there is a head", base)
+    for layer in head:
+        twin = _keras.made_anew(layer)
+        layer.set_weights(twin.get_weights())
+    if zeros:
+        head[-1].set_weights([0.0 * weight for weight in head[-1].get_weights()])
+
+
+def _bases(model, base) -> list:
+    """The layers and models that are the base."""
+    if not isinstance(model, keras.Model):
+        checks.refuse("model", "a keras.Model", model)
+    bases = list(base) if isinstance(base, (list, tuple)) else [base]
+    within = {id(layer) for layer in _keras.layers_of(model)} - {id(model)}
+    if not bases or any(id(one) not in within for one in bases):
+        checks.refuse("base", LISTED, base)
+    return bases
