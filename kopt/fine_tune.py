@@ -81,9 +81,9 @@ def fine_tune(
     learning_rate = checks.optional(checks.positive)("learning_rate", learning_rate)
     body_multiplier = checks.nonnegative("body_multiplier", body_multiplier)
     ramp_epochs = checks.optional(checks.epochs)("ramp_epochs", ramp_epochs)
-    for name in ("epochs", "initial_epoch"):
-        if name in fit_arguments:
-            checks.refuse(name, "left out", fit_arguments[name])
+    if "initial_epoch" in fit_arguments:
+        checks.refuse("initial_epoch", "left out: to go on, `fit` with StagedUnfreeze", fit_arguments["initial_epoch"])
+    reinit = checks.boolean("reinit", reinit)
     trained = bases
     if levels is not None:
         found = [level for one in bases for level in levels_of(one)]
@@ -100,7 +100,7 @@ def fine_tune(
     else:
         stages = [{**later, "multipliers": [(trained, body_multiplier), (bases, 0.0)]}]
     staged = StagedUnfreeze(stages, engine=engine, freeze_bn=freeze_bn)
-    if checks.boolean("reinit", reinit):
+    if reinit:
         reinit_head(model, base)
     if learning_rate is not None:
         model.optimizer.learning_rate = learning_rate

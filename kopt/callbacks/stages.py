@@ -105,9 +105,9 @@ class Track:
         return all(float(self.value(moment)) == 0 for moment in moments)
 
     @property
-    def freezes(self) -> bool:
-        """Whether a stage gives it a multiplier of 0."""
-        return any(turn.multiplier == 0 for turn in self.turns)
+    def is_held_back(self) -> bool:
+        """Whether a stage lets it move less than the rest."""
+        return any(turn.multiplier < 1 for turn in self.turns)
 
 
 def tracks(stages, variables) -> list[Track]:

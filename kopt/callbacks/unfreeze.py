@@ -42,8 +42,8 @@ class StagedUnfreeze(InStep):
             other weights is compiled anew. The moments of the frozen begin at 0 then; the first updates after it are
             corrected so that they are as large as those of a new optimizer. Without that, Adam's are up to 6.5 times
             as large.
-        freeze_bn: Keep batch normalization that a stage freezes in inference for the whole `fit`, so that its
-            statistics stay as they are. They would move however small the multiplier is.
+        freeze_bn: Keep batch normalization to which a stage gives less than 1 in inference for the whole `fit`, so that
+            its statistics stay as they are. They would move however small the multiplier is.
         verbose: 1: print the multipliers when they change.
         name: What the callback is called in a file and in messages; by default the name of its class.
 
@@ -82,7 +82,7 @@ class StagedUnfreeze(InStep):
         norms = [layer for layer in _keras.layers_of(model) if isinstance(layer, keras.layers.BatchNormalization)]
         statistics = [layer.moving_mean for layer in norms]
         self._whole = formulas.tracks(self.stages, [*model.trainable_variables, *statistics])
-        held = {id(variable) for track in self._whole if track.freezes for variable in track.variables}
+        held = {id(variable) for track in self._whole if track.is_held_back for variable in track.variables}
         norms = [layer for layer in norms if held & {id(variable) for variable in layer.weights}]
         self._held = contextlib.ExitStack()
         if self.freeze_bn:

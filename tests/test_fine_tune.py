@@ -1,0 +1,113 @@
+"""`kopt.fine_tune` and `kopt.reinit_head`."""
+
+import keras
+import numpy as np
+import pytest
+
+import kopt
+from tests.training import equal, numpy
+
+X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
+Y = X @ np.random.default_rng(1).normal(size=(4, 1)).astype("float32")
+
+
+def made(optimizer=None):
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(4, name="low"), keras.layers.BatchNormalization(name="norm")]
+    base = keras.Sequential([keras.Input((4,)), *layers, keras.layers.Dense(3, name="high")], name="base")
+    head = [keras.layers.Dense(3, activation="tanh", name="neck"), keras.layers.Dense(1, name="head")]
+    model = keras.Sequential([base, *head])
+    model.compile(optimizer or kopt.Adam(0.01), loss="mse")
+    return model, base
+
+
+def tuned(model, base, **more):
+    more = {"head_epochs": 1, "epochs": 2, "batch_size": 8, "shuffle": False, "verbose": 0, **more}
+    return kopt.fine_tune(model, base, X, Y, **more).history
+
+
+def moved(model, start):
+    """Which of the weights are others than at the start, by name."""
+    pairs = zip(model.weights, start, numpy(model.weights), strict=True)
+    return {"/".join(v.path.split("/")[-2:]) for v, before, after in pairs if not np.array_equal(before, after)}
+
+
+BODY = {"low/kernel", "low/bias", "norm/gamma", "norm/beta", "high/kernel", "high/bias"}
+HEAD = {"neck/kernel", "neck/bias", "head/kernel", "head/bias"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "multipliers"),
+    [
+        ({}, BODY | HEAD, {"base": [0.0, 0.1, 0.1]}),
+        ({"body_multiplier": 0.0}, HEAD, {"base": [0.0, 0.0, 0.0]}),
+        ({"head_epochs": 0, "body_multiplier": 0.5}, BODY | HEAD, {"base": [0.5, 0.5]}),
+        ({"levels": 1}, {"high/kernel", "high/bias"} | HEAD, {"base": [0.0, 0.0, 0.0], "high": [0.0, 0.1, 0.1]}),
+        ({"head_epochs": 0, "levels": 1}, {"high/kernel", "high/bias"} | HEAD, {"base": [0.0] * 2, "high": [0.1] * 2}),
+        ({"levels": 2, "engine": "trainable"}, BODY | HEAD, None),
+        ({"ramp_epochs": 1}, BODY | HEAD, {"base": [0.0, 0.075, 0.1]}),
+    ],
+    ids=str,
+)
+def test_what_is_trained(given, expected, multipliers):
+    model, base = made()
+    start = numpy(model.weights)
+    history = tuned(model, base, **given)
+    assert moved(model, start) == expected
+    if multipliers is not None:
+        found = {name: values for name, values in history.items() if name.startswith("multiplier/")}
+        assert found == {f"multiplier/{name}": pytest.approx(values) for name, values in multipliers.items()}
+
+
+def test_it_is_one_fit_with_the_callback():
+    """The same as what it stands for, to the bit; other callbacks and arguments go to `fit`."""
+    model, base = made()
+    seen = []
+    look = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: seen.append(epoch))
+    history = tuned(model, base, learning_rate=0.02, callbacks=[look], validation_data=(X, Y))
+    assert seen == [0, 1, 2]
+    assert "val_loss" in history
+    other, base = made(kopt.Adam(0.02))
+    staged = kopt.callbacks.StagedUnfreeze({0: {base: 0.0}, 1: {base: 0.1}})
+    other.fit(X, Y, epochs=3, batch_size=8, shuffle=False, verbose=0, callbacks=[staged])
+    assert equal(model.weights, other.weights)
+    assert int(keras.ops.convert_to_numpy(model.optimizer.iterations)) == 12
+
+
+def test_reinit_head():
+    model, base = made()
+    start, body = numpy(model.weights), numpy(base.weights)
+    kopt.reinit_head(model, base)
+    assert moved(model, start) == {"neck/kernel", "head/kernel"}  # biases begin at 0 again
+    assert equal(base.weights, body)
+    kopt.reinit_head(model, base, zeros=True)
+    assert not any(array.any() for array in numpy(model.get_layer("head").weights))
+    assert numpy(model.get_layer("neck").weights)[0].any()
+    start = numpy(model.get_layer("neck").weights)
+    tuned(model, base, reinit=True, body_multiplier=0.0)
+    assert not equal(model.get_layer("neck").weights, start)
+
+
+def test_what_is_refused():
+    model, base = made()
+    for given, message in (
+        ({"base": "base"}, "`base` must be the base of the model"),
+        ({"base": model}, "`base` must be the base of the model"),
+        ({"base": []}, "`base` must be the base of the model"),
+        ({"model": keras.Sequential([keras.layers.Dense(1)])}, "`base` must be the base of the model"),
+        ({"head_epochs": -1}, "`head_epochs` must be an integer of 0 or more"),
+        ({"epochs": 0}, "`epochs` must be an integer of 1 or more"),
+        ({"learning_rate": 0}, "`learning_rate` must be a finite number greater than 0"),
+        ({"body_multiplier": -1}, "`body_multiplier` must be a finite number of 0 or more"),
+        ({"levels": 3}, "`levels` must be 2 at most, as many as the base has"),
+        ({"reinit": 1}, "`reinit` must be True or False"),
+        ({"initial_epoch": 2}, "`initial_epoch` must be left out"),
+        ({"engine": "none"}, "`engine` must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kopt.fine_tune(**{"model": model, "base": base, "x": X, "y": Y} | given)
+    bare = keras.Sequential([base, keras.layers.Dense(1)])
+    with pytest.raises(ValueError, match="`model` must be a compiled model"):
+        kopt.fine_tune(bare, base, X, Y)
+    with pytest.raises(ValueError, match="`base` must be a part of the model, so that there is a head"):
+        kopt.reinit_head(keras.Sequential([base]), base)
