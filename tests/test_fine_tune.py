@@ -47,7 +47,7 @@ HEAD = {"neck/kernel", "neck/bias", "head/kernel", "head/bias"}
         ({"levels": 2, "engine": "trainable"}, BODY | HEAD, None),
         ({"ramp_epochs": 1}, BODY | HEAD, {"base": [0.0, 0.075, 0.1]}),
     ],
-    ids=str,
+    ids=["default", "head", "body", "top", "top at once", "trainable", "ramp"],
 )
 def test_what_is_trained(given, expected, multipliers):
     model, base = made()
