@@ -1,6 +1,7 @@
 """Fine-tuning in one call: a new head on a frozen body first, then the body, too, and less."""
 
 import keras
+import numpy as np
 
 from kopt import _keras, checks
 from kopt.callbacks.unfreeze import StagedUnfreeze
@@ -81,12 +82,14 @@ def fine_tune(
     learning_rate = checks.optional(checks.positive)("learning_rate", learning_rate)
     body_multiplier = checks.nonnegative("body_multiplier", body_multiplier)
     ramp_epochs = checks.optional(checks.epochs)("ramp_epochs", ramp_epochs)
+    if ramp_epochs is not None and not head_epochs:
+        checks.refuse("ramp_epochs", "None without `head_epochs`: the ramp leads out of the rest", ramp_epochs)
     if "initial_epoch" in fit_arguments:
         checks.refuse("initial_epoch", "left out: to go on, `fit` with StagedUnfreeze", fit_arguments["initial_epoch"])
     reinit = checks.boolean("reinit", reinit)
     trained = bases
     if levels is not None:
-        found = [level for one in bases for level in levels_of(one)]
+        found = levels_of(bases)
         levels = checks.count(1)("levels", levels)
         if levels > len(found):
             checks.refuse("levels", f"{len(found)} at most, as many as the base has", levels)
@@ -135,14 +138,14 @@ def reinit_head(model, base, zeros: bool = False) -> None:
     bases = _bases(model, base)
     zeros = checks.boolean("zeros", zeros)
     kept = {id(layer) for one in bases for layer in _keras.layers_of(one)}
-    head = [layer for level in levels_of(model) for layer in level if id(layer) not in kept]
+    head = [layer for level in levels_of([model]) for layer in level if id(layer) not in kept]
     if not head:
         checks.refuse("base", "a part of the model, so that there is a head", base)
     for layer in head:
         twin = _keras.made_anew(layer)
         layer.set_weights(twin.get_weights())
     if zeros:
-        head[-1].set_weights([0.0 * weight for weight in head[-1].get_weights()])
+        head[-1].set_weights([np.zeros_like(weight) for weight in head[-1].get_weights()])
 
 
 def _bases(model, base) -> list:
@@ -153,4 +156,8 @@ def _bases(model, base) -> list:
     within = {id(layer) for layer in _keras.layers_of(model)} - {id(model)}
     if not bases or any(id(one) not in within for one in bases):
         checks.refuse("base", LISTED, base)
+    bases = [one for one in bases if one.weights]  # no `InputLayer`, activation, pooling
+    if not any(one.trainable_variables for one in bases):
+        allowed = "of trainable weights: set `trainable = True` and compile; it is the callback that freezes"
+        checks.refuse("base", allowed, base)
     return bases

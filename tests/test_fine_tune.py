@@ -74,6 +74,25 @@ def test_it_is_one_fit_with_the_callback():
     assert int(keras.ops.convert_to_numpy(model.optimizer.iterations)) == 12
 
 
+def test_the_base_may_be_a_list_of_layers():
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(4, name="low"), keras.layers.ReLU(), keras.layers.Dense(3, name="high")]
+    layers += [keras.layers.BatchNormalization(name="norm"), keras.layers.Dense(1, name="head")]
+    inputs = keras.Input((4,))
+    outputs = inputs
+    for layer in layers:
+        outputs = layer(outputs)
+    model = keras.Model(inputs, outputs)
+    model.compile("adam", loss="mse")
+    start = numpy(model.weights)
+    tuned(model, model.layers[:-1], levels=1)
+    assert moved(model, start) == {"high/kernel", "high/bias", "norm/gamma", "norm/beta", "head/kernel", "head/bias"}
+    for layer in model.layers[:-1]:
+        layer.trainable = False
+    with pytest.raises(ValueError, match="`base` must be of trainable weights: set `trainable = True`"):
+        tuned(model, model.layers[:-1])
+
+
 def test_reinit_head():
     model, base = made()
     start, body = numpy(model.weights), numpy(base.weights)
@@ -100,6 +119,7 @@ def test_what_is_refused():
         ({"learning_rate": 0}, "`learning_rate` must be a finite number greater than 0"),
         ({"body_multiplier": -1}, "`body_multiplier` must be a finite number of 0 or more"),
         ({"levels": 3}, "`levels` must be 2 at most, as many as the base has"),
+        ({"head_epochs": 0, "ramp_epochs": 1}, "`ramp_epochs` must be None without `head_epochs`"),
         ({"reinit": 1}, "`reinit` must be True or False"),
         ({"initial_epoch": 2}, "`initial_epoch` must be left out"),
         ({"engine": "none"}, "`engine` must be one of"),

@@ -356,6 +356,19 @@ def test_layer_decay():
             kopt.layer_decay(**wrong)
 
 
+def test_layers_of_one_name_are_told_apart():
+    twins = [keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="dense")]) for _ in range(2)]
+    model = keras.Sequential([*twins, keras.layers.Dense(2)])
+    first, second = (twin.layers[0] for twin in twins)
+    model.compile(kopt.Adam(multipliers={first: 0.5, second: 0.25}), loss="mse")
+    model.optimizer.multipliers[second] = 0.0
+    assert model.optimizer.multipliers == {"dense": 0.5, "dense#2": 0.0}
+    start = numpy(model.weights)
+    fit(model)
+    assert equal(second.weights, start[2:4])
+    assert not equal(first.weights, start[:2])
+
+
 def test_describe(capsys):
     model, base = deep()
     base.get_layer("low").trainable = False

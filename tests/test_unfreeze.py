@@ -85,7 +85,7 @@ def test_stages(name, engine):
 
 @every_engine
 def test_stages_of_one_change_nothing(engine):
-    for make in (keras.optimizers.Adam, lambda: kopt.Adam(0.01, use_ema=BACKEND != "jax")):
+    for make in (keras.optimizers.Adam, lambda: kopt.Adam(0.01)):
         bare, _ = made(make())
         staged, base = made(make())
         fit(bare)
@@ -231,6 +231,13 @@ def test_what_is_refused():
     model.compile("nadam", loss="mse")
     with pytest.raises(ValueError, match='`optimizer` must be .*engine="multiplier".*Nadam'):
         fit(model, staged({0: {base: 0}}, engine="trainable"))
+    for optimizer in (kopt.Adam(use_ema=True), keras.optimizers.Adam(use_ema=True)):
+        model.compile(optimizer, loss="mse")
+        with pytest.raises(ValueError, match="`use_ema` must be False for StagedUnfreeze"):
+            fit(model, staged({0: {base: 0}}))
+    model.compile(keras.optimizers.ScheduleFreeAdamW(), loss="mse")
+    with pytest.raises(ValueError, match="`optimizer` must be one that keeps no weights of its own"):
+        fit(model, staged({0: {base: 0}}))
     model.compile(kopt.LBFGS(), loss="mse")
     with pytest.raises(ValueError, match="`optimizer` must be one that updates each weight by itself"):
         fit(model, staged({0: {base: 0}}), batch_size=32)

@@ -36,8 +36,6 @@ def check(callback, optimizer, whole) -> None:
         checks.refuse("optimizer", asked, type(whole).__name__)
     if not isinstance(optimizer, (*BOTH, *FIRST, *NONE)):
         checks.refuse("optimizer", asked, type(optimizer).__name__)
-    if optimizer.use_ema and (backends.BACKEND == "jax" or not isinstance(optimizer, _keras.OptimizerBridge)):
-        checks.refuse("use_ema", 'False with `engine="trainable"`; average with PolyakAveraging', True)
     if backends.BACKEND == "jax":  # where the step of an optimizer has the weights alone that it trains
         step = stepping.Step.of(optimizer)
         shapes = {tuple(variable.shape) for variable in stepping.trained_by(optimizer)} - {()}

@@ -11,6 +11,7 @@ from kopt.callbacks import clock, cold
 from kopt.callbacks import stages as formulas
 from kopt.callbacks.base import InStep
 from kopt.optimizers import factors
+from kopt.optimizers.multipliers import owns_weights
 from kopt.optimizers.quasi_newton.optimizer import QuasiNewton
 from kopt.schedules.time import Length, Time
 
@@ -95,6 +96,12 @@ class StagedUnfreeze(InStep):
     def install(self, optimizer):
         if isinstance(optimizer, QuasiNewton):
             checks.refuse("optimizer", f"one that updates each weight by itself, for {self.name}", optimizer.name)
+        if owns_weights(optimizer):
+            kind = type(optimizer).__name__
+            checks.refuse("optimizer", "one that keeps no weights of its own beside the model's", kind)
+        if optimizer.use_ema:
+            allowed = f"False for {self.name}: the average would replace what is held; use PolyakAveraging"
+            checks.refuse("use_ema", allowed, True)
         self._parts[id(optimizer)] = _Part(self, optimizer, self._whole)
 
     def installed(self, optimizer):
@@ -152,7 +159,7 @@ class StagedUnfreeze(InStep):
                 logs[f"multiplier/{track.name}"] = float(str(np.float32(track.value(time))))
 
     def let_go(self):
-        for variable, own in self._own_flags:
+        for variable, own in self._own_flags or ():
             variable.trainable = own
         if self._held is not None:
             self._held.close()

@@ -66,6 +66,9 @@ class Factors(Mapping):
         return repr(dict(self))
 
     def _place(self, key) -> int:
+        for place, group in enumerate(self.groups):
+            if any(key is one for one in group.keys):
+                return place
         name = key if isinstance(key, str) else groups.name_of(key)
         if name not in self.names:
             raise KeyError(f"`multipliers` has {', '.join(map(repr, self.names))}. Received: {name!r}")
@@ -132,7 +135,10 @@ def blending_around(optimizer, taken):
     weights = []
 
     def copy():
-        weights.extend(Weight(optimizer, variable, share) for variable, share in taken() if not is_number(share, 1))
+        for variable, share in taken():
+            is_weight = not getattr(variable, "overwrite_with_gradient", False)  # as Keras's float8 scales are
+            if is_weight and not is_number(share, 1):
+                weights.append(Weight(optimizer, variable, share))
 
     with backends.unrecorded():
         backends.once_for_all_replicas(copy)

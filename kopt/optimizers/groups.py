@@ -38,7 +38,7 @@ def parsed(argument: str, value) -> list[Group]:
         else:
             checks.refuse(argument, allowed, value)
         name, keys, number = entry
-        keys = checks.keys(argument, keys) if keys != [] else []
+        keys = [] if isinstance(keys, list) and not keys else checks.keys(argument, keys)
         name = name or ", ".join(map(name_of, keys))
         number = checks.nonnegative(f"{argument}[{name!r}]", number)
         seen[name] += 1

@@ -57,16 +57,16 @@ def layer_decay(model, decay: float = 0.75, levels: list | None = None, min_mult
         levels = [keys if isinstance(keys, (list, tuple)) else [keys] for keys in checks.listed("levels", levels)]
         levels = [checks.keys("levels", list(keys)) for keys in levels]
         return [(keys, at(above)) for above, keys in enumerate(reversed(levels))]
-    found = levels_of(model)
+    found = levels_of([model])
     if not found:
         checks.refuse("model", "one with trainable weights: build it first", getattr(model, "name", model))
     return {layer: at(above) for above, level in enumerate(reversed(found)) for layer in level}
 
 
-def levels_of(model) -> list[list]:
-    """The layers of a model with trainable weights, from the input to the output, each with its normalizations."""
+def levels_of(models) -> list[list]:
+    """The layers of models with trainable weights, from the input to the output, each with its normalizations."""
     found: list[list] = []
-    for layer in _layers(model):
+    for layer in [layer for model in models for layer in _layers(model)]:
         if found and isinstance(layer, NORMALIZATIONS):
             found[-1].append(layer)
         else:

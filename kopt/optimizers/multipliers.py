@@ -72,7 +72,7 @@ class Multipliers(Wrapper):
             checks.refuse("inner_optimizer", "one that updates each weight by itself", kind)
         if stepping.within(inner):
             checks.refuse("inner_optimizer", f"one that updates variables itself; put Multipliers into {kind}", kind)
-        if any(base.__name__ in _OWN_THE_WEIGHTS for base in type(inner).__mro__):
+        if owns_weights(inner):
             checks.refuse("inner_optimizer", "one that keeps no weights of its own beside the model's", kind)
         if inner.use_ema:
             allowed = "one without `use_ema`, whose average would be of other weights; use PolyakAveraging"
@@ -116,3 +116,8 @@ class Multipliers(Wrapper):
 
     def get_config(self):
         return super().get_config() | {"multipliers": self.factors.config()}
+
+
+def owns_weights(optimizer) -> bool:
+    """Whether an optimizer keeps weights of its own, from which it makes those of the model at each step."""
+    return any(base.__name__ in _OWN_THE_WEIGHTS for base in type(optimizer).__mro__)
