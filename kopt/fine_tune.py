@@ -141,6 +141,12 @@ def reinit_head(model, base, zeros: bool = False) -> None:
     head = [layer for level in levels_of([model]) for layer in level if id(layer) not in kept]
     if not head:
         checks.refuse("base", "a part of the model, so that there is a head", base)
+    body = {id(weight) for one in bases for weight in one.weights}
+    for layer in head:
+        if body & {id(weight) for weight in layer.weights}:
+            checks.refuse(
+                "base", f"in the model itself, or in a model in it, not within the layer {layer.name!r}", base
+            )
     for layer in head:
         twin = _keras.made_anew(layer)
         layer.set_weights(twin.get_weights())

@@ -126,6 +126,9 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             kopt.fine_tune(**{"model": model, "base": base, "x": X, "y": Y} | given)
+    wrapped = keras.Sequential([keras.Input((2, 4)), keras.layers.TimeDistributed(base), keras.layers.Dense(1)])
+    with pytest.raises(ValueError, match="`base` must be in the model itself, .* not within the layer"):
+        kopt.reinit_head(wrapped, base)
     bare = keras.Sequential([base, keras.layers.Dense(1)])
     with pytest.raises(ValueError, match="`model` must be a compiled model"):
         kopt.fine_tune(bare, base, X, Y)

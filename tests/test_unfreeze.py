@@ -117,6 +117,17 @@ def test_going_on_at_a_later_epoch(engine, tmp_path):
         assert equal(whole.weights, second.weights)
 
 
+@every_engine
+def test_a_new_optimizer_at_a_later_epoch_trains_as_without(engine):
+    models = []
+    for staged in (True, False):
+        model, base = made(keras.optimizers.Adam(0.01))
+        stages = kopt.callbacks.StagedUnfreeze({0: {base: 0.0}, 1: {base: 1.0}}, engine=engine, freeze_bn=False)
+        fit(model, *[stages] * staged, epochs=6, initial_epoch=4)
+        models.append(model)
+    assert equal(*(model.weights for model in models))
+
+
 def test_ramps_are_straight():
     """With a gradient that is the same at every step, the updates of an epoch are the sum of the multipliers."""
     model, base = made(norm=False)
@@ -228,6 +239,10 @@ def test_what_is_refused():
     batches = ((X[:8], Y[:8]) for _ in range(8))
     with pytest.raises(ValueError, match=r"`stages` of 'base'|how many batches"):
         model.fit(batches, epochs=2, verbose=0, shuffle=False, callbacks=[staged(ramp)])
+    batches = ((X[:8], Y[:8]) for _ in range(8))
+    late, more = staged({0: {"head": 0}, 1: {"head": 1}}, engine="trainable"), {"epochs": 2, "verbose": 0}
+    with pytest.raises(ValueError, match='`engine` must be "multiplier" where the data do not say how many batches'):
+        model.fit(batches, callbacks=[late], shuffle=False, **more)
     model.compile("nadam", loss="mse")
     with pytest.raises(ValueError, match='`optimizer` must be .*engine="multiplier".*Nadam'):
         fit(model, staged({0: {base: 0}}, engine="trainable"))

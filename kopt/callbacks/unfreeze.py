@@ -13,7 +13,7 @@ from kopt.callbacks.base import InStep
 from kopt.optimizers import factors
 from kopt.optimizers.multipliers import owns_weights
 from kopt.optimizers.quasi_newton.optimizer import QuasiNewton
-from kopt.schedules.time import Length, Time
+from kopt.schedules.time import Length, Time, at_least, at_most
 
 
 class StagedUnfreeze(InStep):
@@ -129,7 +129,7 @@ class StagedUnfreeze(InStep):
             updates = int(_keras.to_numpy(optimizer.iterations))
             self._parts[id(optimizer)].clock.turn(epoch, updates, self._span(optimizer))
         if self.verbose:
-            self._tell(epoch, self._span(optimizers[0]))
+            self._tell(epoch)
         if self.engine == "trainable":
             self._train_others(epoch, self._span(optimizers[0]))
 
@@ -142,7 +142,7 @@ class StagedUnfreeze(InStep):
             self._frozen = frozenset(frozen)
             self.model.make_train_function(force=True)
 
-    def _tell(self, epoch, span) -> None:
+    def _tell(self, epoch) -> None:
         for track in self._whole:
             turn = next((turn for turn in track.turns if turn.epoch == epoch), None)
             if turn is not None:
@@ -190,6 +190,9 @@ class _Part:
             frozen = [track.is_frozen(epoch, span) for epoch in range(min(epochs, track.stays(span) + 1))]
             edges = [epoch for epoch, rests in enumerate(frozen) if rests != ([True, *frozen][epoch])]
             self.active.append(edges if any(frozen) else [])
+        if self.correction is not None and any(self.active) and not span.batches:
+            allowed = '"multiplier" where the data do not say how many batches an epoch has'
+            checks.refuse("engine", allowed, "trainable")
 
     def taken(self, optimizer) -> list:
         """The variables, each with its share of the update that comes: tensor code."""
@@ -199,7 +202,8 @@ class _Part:
         for place, (track, variables) in enumerate(zip(self.tracks, self.variables, strict=True)):
             share = track.value(time)
             if self.correction is not None and self.active[place]:
-                share = share * self.correction(self._updates(place, time) + 1, updates + 1)
+                count = at_most(at_least(self._updates(place, time)), updates)  # others, if the optimizer is a new one
+                share = share * self.correction(count + 1, updates + 1)
             share = float(share) if backends.BACKEND == "torch" else share
             found += [(variable, share) for variable in variables if variable.trainable]
         return found

@@ -114,6 +114,9 @@ def afresh(shared: Shared) -> Shared:
 
 def update(optimizer, variables, gradients, shared: dict[str, Shared]) -> None:
     """Update the variables; those in a group take so much of it as the multiplier of the group says."""
+    if optimizer.factors is None:
+        _update_all(optimizer, variables, gradients, shared)
+        return
     with factors.blending(optimizer, _taken(optimizer, variables, gradients, shared)):
         _update_all(optimizer, variables, gradients, shared)
 
