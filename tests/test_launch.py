@@ -260,8 +260,7 @@ def test_a_worker_without_a_chief_is_ended(launched):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGPIPE])
-def test_a_launcher_that_ends_leaves_no_child(number, tmp_path, monkeypatch):
-    monkeypatch.setenv("KERAS_BACKEND", "numpy")  # is there at once
+def test_a_launcher_that_ends_leaves_no_child(number, tmp_path):
     script = tmp_path / "script.py"
     script.write_text("""
 import os, signal, sys, time
