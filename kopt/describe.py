@@ -56,12 +56,12 @@ def _entries(model, multipliers):
     for found, numbers, variables in used:
         owner = groups.assigned("multipliers", found, variables)
         for place, (group, number) in enumerate(zip(found, numbers, strict=True)):
-            chosen = [variable for variable, i in zip(variables, owner, strict=True) if i == place]
+            chosen = [v for v, i in zip(variables, owner, strict=True) if i == place and v.trainable]
             for variable in chosen:
                 left.pop(id(variable), None)
             yield group.name, f"{number:.4g}", chosen
     if left:
-        yield "all others" if len(left) < len(trained) else "all", "1", list(left.values())
+        yield "all others" if used else "all", "1", list(left.values())
     frozen = _keras.frozen_in(model)
     if frozen:
         yield "not trainable", "-", frozen

@@ -1,9 +1,12 @@
 """Fine-tuning in one call: a new head on a frozen body first, then the body, too, and less."""
 
+from collections.abc import Iterable
+
 import keras
 import numpy as np
 
 from kopt import _keras, checks
+from kopt._keras import stepping
 from kopt.callbacks.unfreeze import StagedUnfreeze
 from kopt.optimizers.layer_decay import levels_of
 
@@ -47,12 +50,13 @@ def fine_tune(
         y: The targets.
         head_epochs: How many epochs the head learns alone. 0: none.
         epochs: How many epochs come after them.
-        learning_rate: The rate of the head; by default that of the optimizer, which may be a schedule.
+        learning_rate: The rate of the head, which the optimizer keeps afterwards; by default it stays what it is, and
+            may be a schedule.
         body_multiplier: How much of each update the body takes then.
         levels: How many levels of the body are trained, from the top: layers with weights, a normalization together
             with the layer before it, as for `kopt.layer_decay`. None: all.
         ramp_epochs: Let the body begin slowly, in a straight line over so many epochs.
-        reinit: Draw the weights of the head anew before (`kopt.reinit_head`).
+        reinit: Draw the weights of the head anew before (`kopt.reinit_head`); for a model that was just compiled.
         engine: "multiplier", or "trainable", which saves time while the body rests; see
             `kopt.callbacks.StagedUnfreeze`.
         freeze_bn: Keep batch normalization of the body in inference.
@@ -103,11 +107,17 @@ def fine_tune(
     else:
         stages = [{**later, "multipliers": [(trained, body_multiplier), (bases, 0.0)]}]
     staged = StagedUnfreeze(stages, engine=engine, freeze_bn=freeze_bn)
+    callbacks = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks] if callbacks else []
+    if learning_rate is not None:
+        _check_rate(model.optimizer, learning_rate)
     if reinit:
+        if any(int(_keras.to_numpy(one.iterations)) for one in stepping.updating(model.optimizer)):
+            allowed = "False for an optimizer that has run, with moments of the old head: compile the model anew"
+            checks.refuse("reinit", allowed, True)
         reinit_head(model, base)
     if learning_rate is not None:
         model.optimizer.learning_rate = learning_rate
-    callbacks = [*(callbacks if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []), staged]
+    callbacks = [*callbacks, staged]
     return model.fit(x, y, epochs=head_epochs + epochs, callbacks=callbacks, **fit_arguments)
 
 
@@ -120,8 +130,8 @@ def reinit_head(model, base, zeros: bool = False) -> None:
     Args:
         model: The model, with its weights.
         base: The body, which stays: a layer or model in it, or a list of such.
-        zeros: Let the last layer begin with zeros, as Big Transfer has it: the first gradients then do not depend on
-            what was drawn, and nothing of them goes into the body.
+        zeros: Let the last layer with a kernel, of each output, begin with zeros, as Big Transfer has it: the first
+            gradients then do not depend on what was drawn, and nothing of them goes into the body.
 
     Example:
         >>> import keras, kopt
@@ -137,21 +147,52 @@ def reinit_head(model, base, zeros: bool = False) -> None:
     """
     bases = _bases(model, base)
     zeros = checks.boolean("zeros", zeros)
-    kept = {id(layer) for one in bases for layer in _keras.layers_of(one)}
-    head = [layer for level in levels_of([model]) for layer in level if id(layer) not in kept]
+    body = {id(weight) for one in bases for weight in one.weights}
+    trained = {id(variable) for variable in model.trainable_variables} - body
+    head = [layer for layer in _keras.layers_of(model) if trained & {id(w) for w in _keras.own_weights(layer)}]
     if not head:
         checks.refuse("base", "a part of the model, so that there is a head", base)
-    body = {id(weight) for one in bases for weight in one.weights}
-    for layer in head:
-        if body & {id(weight) for weight in layer.weights}:
-            checks.refuse(
-                "base", f"in the model itself, or in a model in it, not within the layer {layer.name!r}", base
-            )
-    for layer in head:
-        twin = _keras.made_anew(layer)
-        layer.set_weights(twin.get_weights())
-    if zeros:
-        head[-1].set_weights([np.zeros_like(weight) for weight in head[-1].get_weights()])
+    last = _last(model, head) if zeros else []
+    drawn = [_drawn(layer) for layer in head]
+    for layer, arrays in zip(head, drawn, strict=True):
+        for weight, array in zip(_keras.own_weights(layer), arrays, strict=True):
+            if id(weight) not in body:
+                weight.assign(np.zeros_like(array) if layer in last else array)
+
+
+def _drawn(layer) -> list:
+    """What the initializers of a layer draw for its own weights."""
+    own = _keras.own_weights(layer)
+    try:
+        drawn = [_keras.to_numpy(weight) for weight in _keras.own_weights(_keras.made_anew(layer))]
+    except Exception as error:
+        raise ValueError(f"{_unmade(layer)} Its config makes none: {error}") from error
+    if [array.shape for array in drawn] != [tuple(weight.shape) for weight in own]:
+        raise ValueError(f"{_unmade(layer)} Its config, and `get_build_config`, make other weights.")
+    return drawn
+
+
+def _unmade(layer) -> str:
+    return f"`reinit_head` draws weights by making each layer anew, which it cannot do with {layer.name!r}."
+
+
+def _last(model, head) -> list:
+    """The last layers of the head with a kernel, one for each output."""
+
+    def is_sought(layer):
+        return hasattr(layer, "kernel") and any(layer is one for one in head)
+
+    outputs = _keras.outputs_of(model)
+    if outputs is None:
+        return [layer for layer in head if is_sought(layer)][-1:]
+    return [layer for output in keras.tree.flatten(outputs) for layer in _keras.last_before(output, is_sought)]
+
+
+def _check_rate(optimizer, learning_rate) -> None:
+    rates = [stepping.rate_source(one) for one in stepping.nested(optimizer) if not stepping.within(one)]
+    if len(rates) > 1 or not isinstance(rates[0], keras.Variable):
+        allowed = "None where the optimizer has a schedule, or is several optimizers with a rate each"
+        checks.refuse("learning_rate", allowed, learning_rate)
 
 
 def _bases(model, base) -> list:

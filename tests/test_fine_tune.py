@@ -107,6 +107,86 @@ def test_reinit_head():
     assert not equal(model.get_layer("neck").weights, start)
 
 
+def test_callbacks_may_be_any_iterable():
+    seen = []
+    look = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: seen.append(epoch))
+    model, base = made()
+    tuned(model, base, callbacks=(one for one in (look,)))
+    tuned(model, base, callbacks=look)
+    assert seen == [0, 1, 2] * 2
+
+
+def own(x):
+    return keras.ops.tanh(x)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Block(keras.layers.Layer):
+    """Of other layers, with a weight of its own, and no config."""
+
+    def __init__(self, **more):
+        super().__init__(**more)
+        self.dense = keras.layers.Dense(3, activation=own)
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.shift = self.add_weight(shape=(3,), initializer="ones")
+
+    def call(self, x):
+        return self.dense(x) + self.shift
+
+
+def test_heads_of_all_kinds_are_drawn_anew():
+    """Functions of one's own, layers of layers, recurrent ones, and a body within a plain layer."""
+    base = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    layers = [keras.layers.LSTM(3, return_sequences=True), Block(), keras.layers.Dense(2, activation=lambda x: x)]
+    model = keras.Sequential([keras.Input((2, 4)), keras.layers.TimeDistributed(base), *layers])
+    for weight in model.trainable_variables:
+        weight.assign(weight + 1.0)
+    body, start = numpy(base.weights), [*numpy(layers[0].weights), *numpy(layers[1].weights), *numpy(layers[2].weights)]
+    kopt.reinit_head(model, base)
+    assert equal(base.weights, body)
+    head = [weight for layer in layers for weight in numpy(layer.weights)]
+    assert not any(np.array_equal(a, b) for a, b in zip(head, start, strict=True))
+    np.testing.assert_array_equal(layers[1].get_weights()[0], 1.0)
+    np.testing.assert_array_equal(layers[2].get_weights()[1], 0.0)
+
+
+def test_what_cannot_be_drawn_anew_changes_nothing():
+    class Bound(keras.Model):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.head = base, keras.layers.Dense(1)
+            self.scale = self.add_weight(shape=(1,), initializer="ones", name="scale")
+
+        def call(self, x):
+            return self.head(self.base(x)) * self.scale
+
+    base = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    model = Bound(base)
+    model(X)
+    start = numpy(model.weights)
+    with pytest.raises(ValueError, match="`reinit_head` draws weights by making each layer anew, .* 'bound'"):
+        kopt.reinit_head(model, base)
+    assert equal(model.weights, start)
+
+
+def test_zeros_in_the_last_kernel_of_each_output():
+    base = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    inputs = keras.Input((4,))
+    neck = keras.layers.Dense(3, name="neck")(base(inputs))
+    inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="inner"), keras.layers.PReLU()])
+    outputs = [keras.layers.BatchNormalization()(keras.layers.Dense(2, name="plain")(neck)), inner(neck)]
+    outputs.append(keras.layers.Add()([neck, base(inputs)]))  # the neck is what comes before it
+    for used, expected in ((outputs[:2], {"plain", "inner"}), (outputs[2], {"neck"})):
+        model = keras.Model(inputs, used)
+        body = numpy(base.weights)
+        kopt.reinit_head(model, base, zeros=True)
+        zeros = {v.path.split("/")[-2] for v in model.weights if v.name == "kernel" and not numpy([v])[0].any()}
+        assert zeros == expected
+        assert equal(base.weights, body)
+
+
 def test_what_is_refused():
     model, base = made()
     for given, message in (
@@ -126,9 +206,16 @@ def test_what_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             kopt.fine_tune(**{"model": model, "base": base, "x": X, "y": Y} | given)
-    wrapped = keras.Sequential([keras.Input((2, 4)), keras.layers.TimeDistributed(base), keras.layers.Dense(1)])
-    with pytest.raises(ValueError, match="`base` must be in the model itself, .* not within the layer"):
-        kopt.reinit_head(wrapped, base)
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.5)
+    several = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1), {"head/.*": keras.optimizers.Adam(0.1)})
+    for optimizer in (kopt.SGD(schedule), keras.optimizers.MultiOptimizer(several)):
+        model.compile(optimizer, loss="mse")
+        with pytest.raises(ValueError, match="`learning_rate` must be None where the optimizer has a schedule"):
+            kopt.fine_tune(model, base, X, Y, learning_rate=0.1)
+    model, base = made()
+    tuned(model, base)
+    with pytest.raises(ValueError, match="`reinit` must be False for an optimizer that has run"):
+        tuned(model, base, reinit=True)
     bare = keras.Sequential([base, keras.layers.Dense(1)])
     with pytest.raises(ValueError, match="`model` must be a compiled model"):
         kopt.fine_tune(bare, base, X, Y)

@@ -322,6 +322,20 @@ def test_which_layer_makes_an_output(is_nested):
     assert _keras.made_by(_keras.outputs_of(model)["b"]) is last
     assert _keras.made_by(_keras.outputs_of(inner)) is last
     assert _keras.outputs_of(keras.Sequential([last])) is None
+    after = keras.layers.ReLU()(_keras.outputs_of(model)["b"])
+    assert _keras.last_before(after, lambda layer: layer is last) == [last]
+    assert _keras.last_before(after, lambda layer: False) == []
+
+
+def test_the_weights_of_a_layer_itself():
+    layer = keras.layers.Bidirectional(keras.layers.LSTM(2))
+    layer.build((None, 3, 4))
+    own = [one for one in _keras.layers_of(layer) if _keras.own_weights(one)]
+    assert {type(one) for one in own} == {keras.layers.LSTMCell}
+    norm = keras.layers.BatchNormalization()
+    norm.build((None, 4))
+    assert _keras.own_weights(norm) == [norm.gamma, norm.beta, norm.moving_mean, norm.moving_variance]
+    assert [v.shape for v in _keras.own_weights(_keras.made_anew(norm))] == [(4,)] * 4
 
 
 def test_a_model_without_its_optimizer_is_saved_and_trained_on(tmp_path):

@@ -39,6 +39,8 @@ STOCK = {
 }
 every_stock = pytest.mark.parametrize("name", STOCK)
 
+SGD = keras.optimizers.SGD
+
 
 def stock(name, **more):
     return getattr(keras.optimizers, name.split()[0])(0.01, **STOCK[name], **more)
@@ -238,6 +240,27 @@ def test_on_replicas(make):
     assert all(map(np.array_equal, numpy(fit(bare).weights), one))
 
 
+@pytest.mark.parametrize(
+    "make", [kopt.SGD, lambda rate, multipliers: kopt.Multipliers(keras.optimizers.SGD(rate), multipliers)]
+)
+@pytest.mark.parametrize("multiplier", [0.0, 0.5, 1.0, 3.0])
+def test_constraints_hold_for_what_was_blended(make, multiplier):
+    """Between two vectors of length 1 there is a shorter one; a weight may go three times as far, but not below 0."""
+    keras.utils.set_random_seed(0)
+    body = keras.layers.Dense(4, kernel_constraint="unit_norm", bias_constraint="non_neg", name="body")
+    model = keras.Sequential([keras.Input((4,)), body, keras.layers.Dense(2)])
+    model.compile(make(0.1, multipliers={body: multiplier}), loss="mse")
+    start = numpy(body.weights)
+    fit(model)
+    kernel, bias = numpy(body.weights)
+    if multiplier:
+        np.testing.assert_allclose(np.linalg.norm(kernel, axis=0), 1.0, rtol=1e-5)
+        assert bias.min() >= 0
+    else:  # as it was, though it has not length 1
+        assert equal(body.weights, start)
+    assert multiplier == 0 or not np.array_equal(kernel, start[0])
+
+
 def test_one_clip_one_rate_one_count():
     """A frozen gradient still counts in the global norm, and a schedule drives the optimizer within."""
     model = network(kopt.Multipliers(keras.optimizers.SGD(1.0, global_clipnorm=1e-3), {"body": 0.0}))
@@ -387,6 +410,16 @@ def test_describe(capsys):
     kopt.describe(model, print_fn=said.append)
     assert said[1].split()[:3] == ["head", "0.5", "2"]
     assert said[-1].endswith("1 in inference")
+    model.optimizer.build(model.trainable_variables)
+    model.get_layer("head").trainable = False
+    said.clear()
+    kopt.describe(model, print_fn=said.append)
+    assert [line.split("  ")[0] for line in said] == ["group", "head", "all others", "not trainable"]
+    assert said[1].split()[:3] == ["head", "0.5", "0"]
+    model.get_layer("head").trainable = True
+    many = kopt.layer_decay(model, levels=[["high/kernel", "high/bias", "head/kernel", "head/bias"]])
+    kopt.describe(model, many, print_fn=said.append)
+    assert said[5].startswith("high/kernel, ..., head/bias ")
     model.compile("adam", loss="mse")
     kopt.describe(model)
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["all", "1"]

@@ -143,10 +143,11 @@ def test_ramps_are_straight():
     assert history["multiplier/base"] == pytest.approx([0.0, 0.48, 0.8, 0.8])
 
 
+@pytest.mark.parametrize("fits", [1, 2])
 @pytest.mark.parametrize("corrected", [True, False])
 @pytest.mark.parametrize("before", [0, 2000])
 @pytest.mark.parametrize("make", [keras.optimizers.Adam, kopt.AdamW])
-def test_moments_that_begin_late_take_steps_of_the_size_of_new_ones(make, before, corrected, monkeypatch):
+def test_moments_that_begin_late_take_steps_of_the_size_of_new_ones(make, before, corrected, fits, monkeypatch):
     """With the same gradient at every step each of a new Adam's steps is the rate."""
     model, base = made(norm=False)
     model.get_layer("head").trainable = False
@@ -156,8 +157,9 @@ def test_moments_that_begin_late_take_steps_of_the_size_of_new_ones(make, before
     if not corrected:
         monkeypatch.setattr(cold, "correction", lambda optimizer: None)
     look, start = Look("high"), numpy(base.get_layer("high").weights)[1]
-    staged = kopt.callbacks.StagedUnfreeze({0: {"high": 0.0}, 2: {"high": 1.0}}, engine="trainable")
-    fit(model, staged, look, epochs=5)
+    stages = [({0: {"high": 0.0}, 2: {"high": 1.0}}, 5)] if fits == 1 else [({0: {"high": m}}, 2 + m) for m in (0, 1)]
+    for stage, epochs in stages:
+        fit(model, kopt.callbacks.StagedUnfreeze(stage, engine="trainable"), look, epochs=epochs)
     biases = [start, *(weights[1] for weights in look.seen)]
     steps = [np.abs(b - a).mean() / (4 * 0.001) for a, b in pairwise(biases)]
     assert steps[:2] == [0.0, 0.0]
@@ -201,6 +203,51 @@ def test_a_fit_that_raises_leaves_nothing_behind(engine):
     assert len(model.trainable_variables) == 8
     changed = [not np.array_equal(a, b) for a, b in zip(start, numpy(base.weights), strict=True)]
     assert all(changed)
+
+
+@every_engine
+def test_another_optimizer_after_an_interrupt_trains_all(engine):
+    model, base = made()
+    variables = list(model.trainable_variables)
+
+    def stop(model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, kopt.callbacks.StagedUnfreeze({0: {base: 0.0}}, engine=engine), AtEpoch(1, stop))
+    start = numpy(variables)
+    model.compile("adam", loss="mse")
+    fit(model, epochs=1)
+    changed = [not np.array_equal(a, b) for a, b in zip(start, numpy(variables), strict=True)]
+    assert all(changed)
+    assert not {"compile", "make_train_function"} & vars(model).keys()
+
+
+def test_one_of_several_optimizers_has_nothing_staged():
+    model, base = made()
+    optimizers = keras.optimizers
+    several = optimizers.OptimizerMap(optimizers.SGD(0.1), {"head/.*": optimizers.Adam(0.1)})
+    model.compile(optimizers.MultiOptimizer(several), loss="mse")
+    start = numpy(base.weights)
+    fit(model, kopt.callbacks.StagedUnfreeze({0: {base: 0.0}}))
+    assert equal(base.weights, start)
+
+
+def test_statistics_alone_are_held():
+    model, base = made()
+    norm = base.get_layer("norm")
+    start = numpy(norm.weights)
+    history = fit(model, kopt.callbacks.StagedUnfreeze({0: {"norm/moving": 0.0}}))
+    assert [np.array_equal(a, b) for a, b in zip(start, numpy(norm.weights), strict=True)] == [False] * 2 + [True] * 2
+    assert history["multiplier/norm/moving"] == [0.0] * 4
+
+
+def test_two_of_them_have_a_log_each():
+    model, base = made()
+    staged = kopt.callbacks.StagedUnfreeze
+    history = fit(model, staged({0: {base: 0.5}}), staged({0: {base: 0.25}}, name="second"), epochs=1)
+    assert history["multiplier/base"] == [0.5]
+    assert history["multiplier/base_second"] == [0.25]
 
 
 def test_it_says_what_it_does(capsys):

@@ -4,6 +4,7 @@ Every private name used here has a test in `tests/test_keras_internals.py` that 
 """
 
 import contextlib
+import inspect
 import sys
 import tempfile
 import warnings
@@ -286,10 +287,19 @@ def made_from_config(model):
 
 def made_anew(layer):
     """A layer like this one, from its config, with weights as its initializers draw them."""
-    with SafeModeScope(False):
-        twin = type(layer).from_config(layer.get_config())
+    with SafeModeScope(False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
+        config = layer.get_config()
+        own = {name: getattr(layer, name, None) for name in config}  # no config can hold a function of one's own
+        config |= {name: value for name, value in own.items() if inspect.isfunction(value)}
+        twin = type(layer).from_config(config)
         twin.build_from_config(layer.get_build_config())
     return twin
+
+
+def own_weights(layer) -> list:
+    """The weights that a layer has itself, without those of the layers in it."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
 def hand_over(layer, other) -> None:
@@ -372,6 +382,23 @@ def made_by(output):
     layer = output._keras_history.operation
     inner = outputs_of(layer)
     return layer if inner is None else made_by(keras.tree.flatten(inner)[output._keras_history.tensor_index])
+
+
+def last_before(output, is_sought, seen=None) -> list:
+    """The layers nearest to a symbolic tensor, on every way back from it, for which `is_sought(layer)`."""
+    operation, node, place = output._keras_history
+    seen = set() if seen is None else seen
+    if (id(operation), node, place) in seen:
+        return []
+    seen.add((id(operation), node, place))
+    inner = outputs_of(operation)
+    if inner is not None:
+        found = last_before(keras.tree.flatten(inner)[place], is_sought, seen)
+    else:
+        layers = layers_of(operation) if isinstance(operation, keras.Layer) else []
+        found = [layer for layer in layers if is_sought(layer)][-1:]
+    inputs = [] if found else operation._inbound_nodes[node].input_tensors
+    return [*found, *(layer for one in inputs for layer in last_before(one, is_sought, seen))]
 
 
 def fits_of(model) -> int:

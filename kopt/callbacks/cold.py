@@ -5,7 +5,8 @@ frozen have begun k updates ago, when that correction was over: a step would be 
 
     (1 - beta_1**k) / sqrt(1 - beta_2**k) * sqrt(1 - beta_2**t) / (1 - beta_1**t),
 
-which is 3.2 at k = 1 and 6.5 at k = 10 if t is large. What is here is one over that.
+which is 3.2 at k = 1 and 6.5 at k = 10 if t is large. What is here is one over that. It is for the whole update, also
+for what of it is weight decay, which a new optimizer would not hold back at its first steps.
 """
 
 import keras
@@ -71,10 +72,16 @@ def _ratio(beta, k, t):
 
 def is_cold(optimizer, variables) -> bool:
     """Whether the optimizer's state of these variables is still all zero."""
-    chosen = {_keras.path_of(variable) for variable in variables}
     if isinstance(optimizer, _keras.OptimizerBridge):
         kept = [slot for variable in variables for slot in optimizer.held(variable).slots]
         return not any(np.any(np.asarray(slot) if hasattr(slot, "whole") else _keras.to_numpy(slot)) for slot in kept)
-    marks = [path.replace("/", "_") for path in chosen]
-    kept = [v for v in stepping.own_variables(optimizer) if any(v.name.startswith(f"{mark}_") for mark in marks)]
-    return not any(np.any(_keras.to_numpy(variable)) for variable in kept)
+    chosen = {_mark(variable) for variable in variables}
+    marks = sorted({_mark(variable) for variable in stepping.trained_by(optimizer)}, key=len, reverse=True)
+    kept = stepping.own_variables(optimizer)
+    owners = [next((mark for mark in marks if slot.name.startswith(mark)), None) for slot in kept]
+    return not any(np.any(_keras.to_numpy(slot)) for slot, mark in zip(kept, owners, strict=True) if mark in chosen)
+
+
+def _mark(variable) -> str:
+    """How the names of what Keras's optimizers keep for a variable begin."""
+    return _keras.path_of(variable).replace("/", "_") + "_"

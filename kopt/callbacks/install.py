@@ -9,12 +9,16 @@ class Installation:
 
     That is the first thing that only a training calls: there the announced come in, and what a `fit` that raised has
     left goes out. Such is left if `model.history` is another than it was, since each `fit` makes one anew, or if no
-    `fit` is running any more.
+    `fit` is running any more. It goes out before a `compile`, too: the weights may be others that are trainable then.
     """
 
     def __init__(self, model):
         self.model, self.make = model, model.make_train_function
-        self.put_back = stepping.stand_in(model, "make_train_function", self)
+        self.compile = model.compile
+        self.undo_stand_ins = [
+            stepping.stand_in(model, "make_train_function", self),
+            stepping.stand_in(model, "compile", self.clear_and_compile),
+        ]
         self.announced: list[tuple] = []  # pairs of a part and the history at the time
         self.parts, self.steps, self.history, self.in_fit = [], [], None, False
         self.undo = []  # what takes back what was put into the optimizer, beside the steps
@@ -33,6 +37,11 @@ class Installation:
         elif self.history is not self.history_now() or (self.in_fit and not _keras.fits_of(self.model)):
             self.clear()
         return self.make(force)
+
+    def clear_and_compile(self, *arguments, **named):
+        if not _keras.fits_of(self.model):
+            self.clear()
+        return self.compile(*arguments, **named)
 
     def history_now(self):
         return getattr(self.model, "history", None)
@@ -131,7 +140,8 @@ class Installation:
 
     def go_if_idle(self) -> None:
         if not self.parts and not self.announced:
-            self.put_back()
+            for undo in self.undo_stand_ins:
+                undo()
 
 
 def settle(model) -> None:

@@ -30,7 +30,7 @@ class StagedUnfreeze(InStep):
 
     When to use it: a body that was trained before, a new head, and few data: the first gradients of a random head would
     spoil the body. It is no universal win: where there are many data, or the head is good, training all from the start
-    does as well.
+    does as well. A model with a `train_step` of its own and a second optimizer has only its `optimizer` staged.
 
     Args:
         stages: A dict from epochs to multipliers, as `{0: {base: 0.0}, 3: {base: 0.1}}`; or a list of dicts with
@@ -156,7 +156,8 @@ class StagedUnfreeze(InStep):
         time = Time.told(last, _keras.to_numpy(self._parts[id(optimizer)].clock.variable).tolist())
         for track in self._whole:
             if logs is not None:
-                logs[f"multiplier/{track.name}"] = float(str(np.float32(track.value(time))))
+                key = f"multiplier/{track.name}"
+                logs[key if key not in logs else f"{key}_{self.name}"] = float(str(np.float32(track.value(time))))
 
     def let_go(self):
         for variable, own in self._own_flags or ():
@@ -174,13 +175,14 @@ class _Part:
         self.tracks = [track for track in tracks if any(id(v) in own for v in track.variables)]
         self.variables = [[v for v in track.variables if id(v) in own] for track in self.tracks]
         self.clock = clock.Clock(clock.add(optimizer), self._values)
-        self.active: list = []  # for each track the epochs at which it begins and ends to be trained, if it ever rests
+        self.active: list = []  # for each track the epochs at which it begins and ends to be trained
         self.warm = self.correction = None
         if callback.engine == "trainable":  # for each track, whether it was trained before this fit's time began
             self.warm = callback.add_variable(optimizer, (len(self.tracks) + 1,), dtype="int32", name="warm")
 
     def _values(self, time):
-        return np.stack([np.asarray(track.value(time) + 0.0 * time.epoch) for track in self.tracks])
+        values = [np.asarray(track.value(time) + 0.0 * time.epoch) for track in self.tracks]
+        return np.stack(values or [0.0])
 
     def begin(self, optimizer, span, epochs) -> None:
         """Find out when each track is trained, and how many updates its moments have had before."""
@@ -189,8 +191,8 @@ class _Part:
         for track in self.tracks:
             frozen = [track.is_frozen(epoch, span) for epoch in range(min(epochs, track.stays(span) + 1))]
             edges = [epoch for epoch, rests in enumerate(frozen) if rests != ([True, *frozen][epoch])]
-            self.active.append(edges if any(frozen) else [])
-        if self.correction is not None and any(self.active) and not span.batches:
+            self.active.append(edges or [0])
+        if self.correction is not None and any(edges != [0] for edges in self.active) and not span.batches:
             allowed = '"multiplier" where the data do not say how many batches an epoch has'
             checks.refuse("engine", allowed, "trainable")
 
@@ -201,7 +203,7 @@ class _Part:
         found = []
         for place, (track, variables) in enumerate(zip(self.tracks, self.variables, strict=True)):
             share = track.value(time)
-            if self.correction is not None and self.active[place]:
+            if self.correction is not None:
                 count = at_most(at_least(self._updates(place, time)), updates)  # others, if the optimizer is a new one
                 share = share * self.correction(count + 1, updates + 1)
             share = float(share) if backends.BACKEND == "torch" else share

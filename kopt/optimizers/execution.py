@@ -279,10 +279,7 @@ def _move(optimizer, variable, weight, step, held, assign) -> None:
 
 
 def _constrain(optimizer, variable) -> None:
-    constrained = variable
-    if backends.strategy() is not None:  # a replica's own copy has no constraint
-        constrained = optimizer.trained[optimizer.index_of(variable)]
-    constraint = getattr(constrained, "constraint", None)
+    constraint = factors.constraint_of(optimizer, variable)
     if constraint is not None:
         held = optimizer.held(variable)
         weight = constraint(_weight(variable, held, backends.read))

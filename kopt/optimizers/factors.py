@@ -3,7 +3,8 @@
     w = old + m (new - old);    old where m = 0, new where m = 1, both to the bit
 
 It is the applied update that is scaled. A rule such as Adam does not see a scaled gradient; a scaled learning rate
-stays in the velocity of `SGD`, and does not hold back a decay. The state goes on as if the multiplier were 1.
+stays in the velocity of `SGD`, and does not hold back a decay. The state goes on as if the multiplier were 1. What lies
+between the two, or beyond, has its constraint applied once more: it need not hold there.
 """
 
 import contextlib
@@ -155,6 +156,7 @@ class Weight:
         self.dtype = backends.wide(_keras.dtype_of(variable))
         is_ours = isinstance(optimizer, _keras.OptimizerBridge)
         self.master = optimizer.held(variable).master if is_ours else None
+        self.constraint = constraint_of(optimizer, variable) if rows is None else None
         self.before = backends.detached(self.read())
 
     def read(self):
@@ -171,10 +173,10 @@ class Weight:
         if is_number(self.share, 0):
             after = self.before
         elif isinstance(self.share, float):
-            after = lerp(self.before, after, self.share)
+            after = self._part(after, self.share)
         else:
             share = ops.cast(self.share, self.dtype)
-            part = ops.where(share == 0, self.before, lerp(self.before, after, share))
+            part = ops.where(share == 0, self.before, self._part(after, share))
             after = ops.where(share == 1, after, part)
         if self.rows is not None:
             backends.assign_rows(self.rows, self.variable, after)
@@ -182,6 +184,17 @@ class Weight:
         if self.master is not None:
             self.optimizer.assign(self.master, after)
         self.optimizer.assign(self.variable, after)
+
+    def _part(self, after, share):
+        part = lerp(self.before, after, share)
+        return part if self.constraint is None else self.constraint(part)
+
+
+def constraint_of(optimizer, variable):
+    """The constraint of a variable; a replica's own copy does not know it."""
+    if backends.strategy() is not None and isinstance(optimizer, _keras.OptimizerBridge):
+        variable = optimizer.trained[optimizer.index_of(variable)]
+    return getattr(variable, "constraint", None)
 
 
 def is_number(share, number) -> bool:

@@ -39,11 +39,16 @@ def parsed(argument: str, value) -> list[Group]:
             checks.refuse(argument, allowed, value)
         name, keys, number = entry
         keys = [] if isinstance(keys, list) and not keys else checks.keys(argument, keys)
-        name = name or ", ".join(map(name_of, keys))
+        name = name or _joined([name_of(key) for key in keys])
         number = checks.nonnegative(f"{argument}[{name!r}]", number)
         seen[name] += 1
         found.append(Group(name if seen[name] == 1 else f"{name}#{seen[name]}", keys, number))
     return found
+
+
+def _joined(names: list[str]) -> str:
+    """The names of a group's keys; of many, the first and the last."""
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, ..., {names[-1]}"
 
 
 def name_of(key) -> str:
