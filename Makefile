@@ -10,12 +10,12 @@ IN_FLOAT64 := $(addprefix tests/test_,rules.py problems.py quasi_newton.py) -m "
 ON_LOWEST := $(addprefix tests/test_,keras_internals.py rules.py step.py citizen.py saving.py loading.py backup.py \
   callback_base.py polyak_fit.py ensemble.py data.py minimize.py quasi_newton_fit.py \
   finder.py tuner.py) kopt
-BENCHES := $(addprefix bench-,step $(if $(filter torch,$(KERAS_BACKEND)),,conditions) backup schedules averages ensembles minimize search)
+BENCHES := $(addprefix bench-,step $(if $(filter torch,$(KERAS_BACKEND)),,conditions) backup schedules averages ensembles fine-tuning minimize search)
 OUT ?= out/quickstart
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: help demo test test-all test-tensorflow test-jax test-torch test-slow test-lowest test-plain soak compare-resume lint format bench
-.PHONY: averages snapshots second-order learning-rates momentum batch-sizes bench-search bench-step bench-minimize bench-conditions bench-backup bench-schedules bench-averages bench-ensembles clean
+.PHONY: averages snapshots second-order learning-rates momentum batch-sizes bench-search bench-step bench-minimize bench-conditions bench-backup bench-schedules bench-averages bench-ensembles bench-fine-tuning clean
 .DEFAULT_GOAL := help
 
 help:  ## List what make can do
@@ -104,6 +104,9 @@ bench-averages: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time
 
 bench-ensembles: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time the predictions of five models in a row and as one kopt.Ensemble
 	$(BIN)/python tests/bench/ensembles.py $(if $(SMOKE),--smoke)
+
+bench-fine-tuning: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time a step with multipliers, and a training whose body rests
+	$(BIN)/python tests/bench/fine_tuning.py $(if $(SMOKE),--smoke)
 
 bench-minimize: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Evaluations that L-BFGS needs beside others; evaluations a second of minimize and fit
 	$(BIN)/python -m tests.bench.minimize $(if $(SMOKE),--smoke,--all)
