@@ -72,12 +72,16 @@ def test_one_is_as_without_and_zero_stays_to_the_bit(row, mode):
     assert with_none.multipliers == {"^a$": 0.0}
 
 
+def test_no_optimizer_of_keras_is_left_out():
+    around_others = {"Optimizer", "LossScaleOptimizer", "MultiOptimizer"}
+    found = {name for name, one in vars(keras.optimizers).items() if isinstance(one, type)} - around_others
+    found = {name for name in found if issubclass(getattr(keras.optimizers, name), keras.optimizers.Optimizer)}
+    assert found == {name.split()[0] for name in STOCK} | {"ScheduleFreeAdamW"}  # which is refused
+
+
 @pytest.mark.parametrize("mode", MODES)
 @every_stock
 def test_multipliers_around_every_optimizer_of_keras(name, mode):
-    if (name, mode) == ("Adam accumulating", "stateless") or (name == "Muon" and mode == "stateless"):
-        pytest.skip("Keras's own stateless step fails on torch")
-
     def make(multiplier):
         return stock(name) if multiplier is None else kopt.Multipliers(stock(name), {"^a$": multiplier})
 
