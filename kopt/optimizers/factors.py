@@ -15,7 +15,7 @@ from keras import ops
 
 from kopt import _keras, backends, checks
 from kopt.numerics import behind, lerp
-from kopt.optimizers import groups
+from kopt.optimizers import groups, kernels
 from kopt.optimizers.rule import Argument
 
 
@@ -126,8 +126,7 @@ def blending(optimizer, taken):
     """
     weights = [Weight(optimizer, variable, share, rows) for variable, share, rows in taken if not is_number(share, 1)]
     yield
-    for weight in weights:
-        weight.blend()
+    blend(weights)
 
 
 @contextlib.contextmanager
@@ -145,7 +144,21 @@ def blending_around(optimizer, taken):
         backends.once_for_all_replicas(copy)
     yield
     with backends.unrecorded():
-        backends.once_for_all_replicas(lambda: [weight.blend() for weight in weights])
+        backends.once_for_all_replicas(lambda: blend(weights))
+
+
+def blend(weights) -> None:
+    """Let each weight take its share; in a step of TensorFlow's that XLA does not compile, it compiles this."""
+
+    def all_of_them():
+        for weight in weights:
+            weight.blend()
+
+    is_graph = backends.BACKEND == "tensorflow" and not backends.is_eager() and backends.strategy() is None
+    if is_graph and all(weight.fits_island for weight in weights) and kernels.compiles():
+        kernels.island(all_of_them)
+    else:
+        all_of_them()
 
 
 class Weight:
@@ -167,6 +180,10 @@ class Weight:
         return behind(
             backends.read(self.variable, _keras.dtype_of(self.variable)), backends.read(self.master, self.dtype)
         )
+
+    @property
+    def fits_island(self) -> bool:
+        return self.rows is None and self.constraint is None and backends.is_on_cpu(self.variable)
 
     def blend(self) -> None:
         after = self.read()
