@@ -188,6 +188,7 @@ class Scenario:
     steps: int | None = None  # between saves
     first: bool = False  # whether the backup is the first in the list of callbacks
     alone: bool = True  # whether there is a backup that is no part of another callback
+    built: bool = False  # whether the model has its weights from the start, as Keras's own callback wants it
 
 
 CALLBACK_STATE = (
@@ -267,9 +268,10 @@ SCENARIOS = EIGHT | {
         layer=layers.BatchNormalization,
         callbacks=(lambda: staged("multiplier"),),
         steps=3,
+        built=True,
     ),
     "staged_trainable": Scenario(
-        ADAM, {"multipliers": {"kernel": 0.5}}, callbacks=(lambda: staged("trainable"),), steps=3
+        arguments={"multipliers": {"kernel": 0.5}}, callbacks=(lambda: staged("trainable"),), steps=3, built=True
     ),
     "snapshots": Scenario(
         kopt.SGD, {"momentum": 0.9}, layer=layers.BatchNormalization, callbacks=(snapshots, polyak), steps=3
@@ -352,7 +354,7 @@ def train(name, directory, kill=None, say=None, epochs=EPOCHS, theirs=False) -> 
         tf.random.get_global_generator().reset_from_seed(7)
     use = SCENARIOS[name]
     layer = [use.layer()] if use.layer else []
-    start = [keras.Input((4,))] if theirs else []  # Keras's callback wants a model that is built
+    start = [keras.Input((4,))] if theirs or use.built else []
     model = keras.Sequential([*start, layers.Dense(6, activation="relu"), *layer, layers.Dense(1)])
     model.compile(use.optimizer(0.01, **use.arguments), loss="mse", **use.compiled)
     if kill and "operation" in kill:
