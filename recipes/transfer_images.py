@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 
 import kopt
 
-SIZE, SMALL, BATCH, RATE, TESTED, BOTTOM = 96, 32, 16, 1e-3, 500, 0.03  # 0.03 = 0.75 ** 12, BEiT's lowest block
+SIZE, SMALL, BATCH, TESTED, BOTTOM = 96, 32, 16, 500, 0.03  # 0.03 = 0.75 ** 12, BEiT's lowest block
 PIXELS, FEATURES, SCRATCH, FINE_TUNE = "logistic regression, pixels", "the same, features", "scratch", "fine_tune"
 PLANS = {  # plan -> what it is
     SCRATCH: "the body's first weights, all at one rate",
@@ -36,7 +36,7 @@ class Body:
     """MobileNetV2 with the weights of ImageNet; or, if these cannot be had, a small network trained on digits."""
 
     def __init__(self, offline, epochs):
-        self.pretrained, self.size, self.weights = not offline, SIZE, None
+        self.pretrained, self.size, self.rate = not offline, SIZE, 1e-3
         if self.pretrained:
             try:
                 self.weights = self.made("imagenet").get_weights()
@@ -45,10 +45,10 @@ class Body:
                 self.pretrained = False
         if not self.pretrained:
             print("NO PRETRAINED WEIGHTS: a small network trained on digits stands in; figures tell nothing of them.")
-            self.size = SMALL
+            self.size, self.rate = SMALL, 5e-3
             (x, y), _ = digits()
             body, model = self.model(10, fresh=True)
-            model.compile(kopt.Adam(3e-3), loss="sparse_categorical_crossentropy")
+            model.compile(kopt.Adam(self.rate), loss="sparse_categorical_crossentropy")
             model.fit(x, y, batch_size=32, epochs=epochs, verbose=0)
             kopt.update_bn(model, x)
             self.weights = body.get_weights()
@@ -114,17 +114,17 @@ def split(images, labels, per_class, seed, size):
     return (scaled[0], labels[chosen]), (scaled[1], labels[rest])
 
 
-def train(plan, body, data, seed, epochs):
+def train(plan, body, data, seed, steps):
     """A network that was trained by a plan, its last loss and the seconds it took."""
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     x, y = data
+    epochs = max(2, round(steps / -(-len(x) // BATCH)))
     base, model = body.model(int(y.max()) + 1, fresh=plan == SCRATCH)
-    kept = {"loss": "sparse_categorical_crossentropy", "metrics": ["accuracy"]}
     passes, began = {"batch_size": BATCH, "verbose": 0}, time.perf_counter()
     levels = len(set(kopt.layer_decay(model, 0.9).values()))
     decay = kopt.layer_decay(model, BOTTOM ** (1 / (levels - 1))) if plan == "layer_decay" else None
-    model.compile(kopt.Adam(RATE, multipliers=decay), **kept)
+    model.compile(kopt.Adam(body.rate, multipliers=decay), loss="sparse_categorical_crossentropy")
     if plan in ("probe", FINE_TUNE):
         head, multiplier = max(1, epochs // 3), 0.1 if plan == FINE_TUNE else 0.0
         stages = {"head_epochs": head, "epochs": epochs - head, "body_multiplier": multiplier}
@@ -181,10 +181,11 @@ def arguments(argv):
     add("--data", type=Path, help="folder with a folder of images for each class (default CIFAR-10)")
     add("--offline", action="store_true", help="never touch the network: a small network and digits stand in")
     add("--per-class", type=int, help="labeled images of each class (default 10)")
-    add("--epochs", type=int, help="of each training (default 21)")
+    add("--steps", type=int, help="of each training, in whole epochs (default 150)")
     add("--seeds", type=int, help="draws of the labels (default 3)")
     add("--first-seed", type=int, default=100, help="the others follow (default 100)")
-    add("--smoke", action="store_true", help="offline, one draw, three epochs, two plans")
+    add("--plans", nargs="+", choices=PLANS, metavar="PLAN", help=f"some of {', '.join(PLANS)}; and scratch")
+    add("--smoke", action="store_true", help="offline, one draw, ten steps, two plans")
     add(
         "--check",
         action="store_true",
@@ -192,12 +193,15 @@ def arguments(argv):
     )
     add("--out", type=Path, help="folder for the picture and the figures; without it nothing is written")
     args = parser.parse_args(argv)
-    for name, smoke, default in (("per_class", 10, 10), ("epochs", 3, 21), ("seeds", 1, 3)):
+    for name, smoke, default in (("per_class", 10, 10), ("steps", 10, 150), ("seeds", 1, 3)):
         if getattr(args, name) is None:
             setattr(args, name, smoke if args.smoke else default)
-    args.offline = args.offline or args.smoke
-    if min(args.per_class, args.seeds) < 1 or args.epochs < 2 or args.first_seed < 0:
-        parser.error("--per-class and --seeds must be 1 or more, --epochs 2 or more, --first-seed 0 or more")
+    chosen = args.plans or ([FINE_TUNE] if args.smoke else PLANS)
+    args.offline, args.plans = args.offline or args.smoke, [plan for plan in PLANS if plan in (SCRATCH, *chosen)]
+    if min(args.per_class, args.seeds) < 1 or args.steps < 2 or args.first_seed < 0:
+        parser.error("--per-class and --seeds must be 1 or more, --steps 2 or more, --first-seed 0 or more")
+    if args.check and (args.smoke or FINE_TUNE not in args.plans):
+        parser.error(f"--check wants {FINE_TUNE} among --plans, and no --smoke")
     if args.data and (not args.data.is_dir() or sum(one.is_dir() for one in args.data.iterdir()) < 2):
         parser.error(f"--data must be a folder with a folder of images for each of two classes or more: {args.data}")
     if args.out and args.out.exists() and not args.out.is_dir():
@@ -208,22 +212,22 @@ def arguments(argv):
 def main(argv=None):
     args = arguments(argv)
     print(f"Keras {keras.__version__} on {keras.backend.backend()}")
-    body = Body(args.offline, 5 if args.smoke else 20)
+    body = Body(args.offline, epochs=5 if args.smoke else 20)
     images, labels, source = photographs(args.data, args.offline, body.size)
     fewest = np.bincount(labels).min()
     if fewest < args.per_class + 1:
         raise SystemExit(f"--per-class must be less than the {fewest} images of the smallest class")
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    plans, runs, losses, seconds = [SCRATCH, FINE_TUNE] if args.smoke else list(PLANS), {}, [], {}
-    print(f"{source}; {args.per_class} labels a class, {args.epochs} epochs, images of {body.size} x {body.size}\n")
+    runs, losses, seconds = {}, [], {}
+    print(f"{source}; {args.per_class} labels a class, {args.steps} steps, images of {body.size} x {body.size}\n")
     base, model = body.model(len(np.unique(labels)))
     kopt.describe(model, {base: 0.1})
     for seed in seeds:
         data, test = split(images, labels, args.per_class, seed, body.size)
         for name, accuracy in beside(body, data, test).items():
             runs.setdefault(name, []).append(accuracy)
-        for plan in plans:
-            model, loss, took = train(plan, body, data, seed, args.epochs)
+        for plan in args.plans:
+            model, loss, took = train(plan, body, data, seed, args.steps)
             losses.append(float(loss))
             runs.setdefault(plan, []).append(right(model, test))
             seconds.setdefault(plan, []).append(took)
