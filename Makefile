@@ -85,7 +85,7 @@ momentum: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Momentum a
 batch-sizes: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Batches of 8 to 512 and two rules for the rate; 12 seeds, a picture, in out/batch_sizes
 	$(BIN)/python recipes/batch_size.py $(if $(SMOKE),--smoke,--check) --out out/batch_sizes
 
-regularizers: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Regularizers on and off, with ten labels a class; 12 seeds, a picture, in out/regularizers
+regularizers: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Regularizers on and off, with ten labels a class; 16 seeds, a picture, in out/regularizers
 	$(BIN)/python recipes/regularizers.py $(if $(SMOKE),--smoke,--check) --out out/regularizers
 
 transfer-images: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Fine-tune MobileNetV2 on few images, of your own with DATA=folder; a picture, in out/transfer_images

@@ -1,6 +1,28 @@
 """Regularizers on and off, with ten labels a class: what each is worth beside nothing, and what mc_predict sees.
 
-PLACEHOLDER
+What: 1,797 images of handwritten digits (8 x 8, scikit-learn's), 100 labeled, all others to test; a network of eight
+convolutions with residuals and two dense layers; Adam in batches of 25 for 240 steps, a rate of 0.002 that decays along
+a cosine. One thing is added at a time. Its strength is the best of three (two for pooling) on seeds 0 to 5, which are
+used for nothing else (`--tune` prints it), by errors on test images. Seeds 100 and up are tested; each has its own
+labels, first weights and order, the same for each arm. Beside them, what is no network.
+
+Expected on TensorFlow 2.21, Keras 3.15.1 (2026-11), percent of errors, 16 seeds, and by how much that is better than
+none, with the standard error; the p-values are of single comparisons, of which there are nine:
+
+    none                    11.06 ± 1.1                      DropBlock2D             10.07 ± 1.5    0.99 ± .33  p .02
+    weight decay            10.47 ± 1.1    0.59 ± .18  p .01    FractionalMaxPooling2D  10.10 ± 1.6    0.96 ± .56  p .1
+    Dropout                 10.23 ± 1.3    0.83 ± .24  p .008   DropConnectConv2D       10.95 ± 1.1    0.11 ± .24  p .5
+    DropConnectDense        10.06 ± 1.0    1.00 ± .32  p .008   DropPath                11.68 ± 1.5   -0.62 ± .27  p .08
+    logistic regression      9.91 ± 1.2    1.15 ± .37  p .02    SVM                      7.35 ± 1.1    3.71 ± .33  p 3e-5
+
+Claim (Ghiasi et al., 2018, https://arxiv.org/abs/1810.12890): DropBlock2D, which was the best on the tuning seeds, is
+better than none; and wrong answers have more entropy than right ones.
+mc_predict, 20 passes of the networks with Dropout: the entropy of wrong answers is 0.88, of right ones 0.21. That tells
+them apart (AUROC 0.911), and no better than the entropy of one plain prediction (0.916); the mean of the passes is
+wrong about 10.3 %, one prediction about 10.2 %.
+When it does not help: digits are small. DropPath is for networks with many more blocks, DropBlock2D for larger maps; a
+support vector machine is better than all of this. Where labels are few, more data, or weights that were trained before,
+are worth more. Time: five minutes on one core.
 """
 
 import argparse
@@ -37,7 +59,6 @@ ARMS = {  # arm -> the strengths that were compared on the tuning seeds, the bes
 }
 WITHOUT = {"SVM": SVC(C=10, gamma="scale"), "logistic regression": LogisticRegression(C=1.0, max_iter=1000)}
 HELPS, WATCHED = "DropBlock2D", "Dropout"  # what is claimed to help; whose passes mc_predict looks at
-CLAIMED = [HELPS, WATCHED]
 
 
 def digits(seed):
@@ -171,10 +192,12 @@ def draw(rows, file):
     for at, row in enumerate(beside):
         sure, color = row["p"] < 0.05, "#0072B2" if row["arm"] in ARMS else "#999999"
         line = {"color": color, "marker": "o", "mfc": color if sure else "white", "ms": 7, "capsize": 3}
-        axes.errorbar(row["margin"], at, xerr=1.96 * row["se"], **line)
+        axes.errorbar(row["margin"], at, xerr=2 * row["se"], **line)
     axes.axvline(0, color="black", lw=0.8)
     axes.set_yticks(range(len(beside)), [row["arm"] for row in beside])
-    axes.set_xlabel("better than no regularizer by, points of test error (95 %)\nfilled: p < 0.05; gray: no network")
+    axes.set_xlabel(
+        "better than no regularizer by, points of test error, ± 2 standard errors\nfilled: p < 0.05; gray: no network"
+    )
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120, metadata={"Software": None})
 
@@ -193,8 +216,8 @@ def arguments(argv):
     args.arms = [NONE, *(args.arms or ([WATCHED] if args.smoke else [arm for arm in ARMS if arm != NONE]))]
     if args.seeds < 1 or args.first_seed < len(TUNING_SEEDS):
         parser.error("--seeds must be 1 or more, --first-seed 6 or more")
-    if args.check and (args.seeds < 8 or args.smoke or args.tune or not {*CLAIMED} <= {*args.arms}):
-        parser.error(f"--check wants 8 seeds, no --smoke, no --tune, and {' and '.join(CLAIMED)} among --arms")
+    if args.check and (args.seeds < 8 or args.smoke or args.tune or not {HELPS, WATCHED} <= {*args.arms}):
+        parser.error(f"--check wants 8 seeds, no --smoke, no --tune, and {HELPS} and {WATCHED} among --arms")
     if args.out and args.out.exists() and not args.out.is_dir():
         parser.error(f"--out must be a folder; {args.out} is a file")
     return args
@@ -229,9 +252,8 @@ def main(argv=None):
         print(f"\nFigures and picture are in {args.out}")
     if args.smoke and max(row["error"] for row in rows) > 60:
         raise SystemExit("an arm did not learn")
-    of = {row["arm"]: row for row in rows}
-    held = [arm for arm in CLAIMED if arm in of and of[arm]["margin"] > 0 and of[arm]["p"] < 0.05]
-    wrong = [f"{arm} is not better" for arm in CLAIMED if arm not in held]
+    lost = [row for row in rows if row["arm"] == HELPS and not (row["margin"] > 0 and row["p"] < 0.05)]
+    wrong = [f"{HELPS} is not better than {NONE}"] * len(lost)
     if any(one["entropy where wrong"] <= one["entropy where right"] for one in seen):
         wrong.append("wrong answers have no more entropy than right ones")
     if args.check and wrong:

@@ -1,6 +1,25 @@
 """Fine-tuning a network of keras.applications on few images: your own, or some of CIFAR-10; five plans compared.
 
-PLACEHOLDER
+What: MobileNetV2 (alpha 0.35, 96 x 96) with the weights of ImageNet and a new head; 10 labeled images of each class, up
+to 500 others to test; Adam in batches of 16 for 150 steps, the same for each plan, on 3 draws of the labels. Beside the
+plans: training from scratch, and logistic regression on pixels and on the features of the body. Your images are a
+folder with a folder for each class: `--data DIR`. Weights and CIFAR-10 are fetched by Keras, once.
+
+Where weights or images cannot be had, or with `--offline`, which never touches the network, others stand in: a small
+network trained on 1,000 digits (8 x 8, scikit-learn's) as to which they are, and for images 797 other digits as to
+whether they have a closed loop. That shows the plans; it says nothing of weights of ImageNet, and the recipe says so.
+
+Claim (Yosinski et al., 2014, https://arxiv.org/abs/1411.1792): a trained body beats new weights in every draw. With
+`--check` it must, with pretrained weights; without, it only looks whether all losses are finite, and says so.
+Expected `--offline` on TensorFlow 2.21, Keras 3.15.1 (2026-11), percent right of 500 other digits, 10 labels a class:
+
+    scratch    probe        fine_tune    layer_decay   one rate     logistic regression on pixels   on features
+    76.2 ± 3   86.7 ± 5     87.1 ± 2     85.6 ± 2      81.7 ± 5     74.1 ± 3                        87.7 ± 2
+
+With MobileNetV2's weights it was not measured: where this was written they could not be had.
+When it does not help: the order of the plans but scratch is within the noise of three draws, and logistic regression on
+the features, which trains nothing, is as good. On images that are unlike photographs, or with thousands of labels,
+scratch may be as good. Time: a minute offline; with MobileNetV2 about ten on two cores, most of it in its steps.
 """
 
 import argparse
@@ -207,7 +226,7 @@ def arguments(argv):
 def main(argv=None):
     args = arguments(argv)
     print(f"Keras {keras.__version__} on {keras.backend.backend()}")
-    body = Body(args.offline, epochs=5 if args.smoke else 20)
+    body = Body(args.offline, epochs=min(20, max(5, args.steps // 5)))
     images, labels, source = photographs(args.data, args.offline, body.size)
     fewest = np.bincount(labels).min()
     if fewest < args.per_class + 1:
