@@ -9,11 +9,11 @@ labels, first weights and order, the same for each arm. Beside them, what is no 
 Expected on TensorFlow 2.21, Keras 3.15.1 (2026-11), percent of errors, 16 seeds, and by how much that is better than
 none, with the standard error; the p-values are of single comparisons, of which there are nine:
 
-    none                    11.06 ± 1.1                      DropBlock2D             10.07 ± 1.5    0.99 ± .33  p .02
-    weight decay            10.47 ± 1.1    0.59 ± .18  p .01    FractionalMaxPooling2D  10.10 ± 1.6    0.96 ± .56  p .1
-    Dropout                 10.23 ± 1.3    0.83 ± .24  p .008   DropConnectConv2D       10.95 ± 1.1    0.11 ± .24  p .5
-    DropConnectDense        10.06 ± 1.0    1.00 ± .32  p .008   DropPath                11.68 ± 1.5   -0.62 ± .27  p .08
-    logistic regression      9.91 ± 1.2    1.15 ± .37  p .02    SVM                      7.35 ± 1.1    3.71 ± .33  p 3e-5
+    none                 11.06 ± 1.1                         DropBlock2D             10.07 ± 1.5   0.99 ± .33  p .02
+    weight decay         10.47 ± 1.1    0.59 ± .18  p .01    FractionalMaxPooling2D  10.10 ± 1.6   0.96 ± .56  p .1
+    Dropout              10.23 ± 1.3    0.83 ± .24  p .008   DropConnectConv2D       10.95 ± 1.1   0.11 ± .24  p .5
+    DropConnectDense     10.06 ± 1.0    1.00 ± .32  p .008   DropPath                11.68 ± 1.5  -0.62 ± .27  p .08
+    logistic regression   9.91 ± 1.2    1.15 ± .37  p .02    SVM                      7.35 ± 1.1   3.71 ± .33  p 3e-5
 
 Claim (Ghiasi et al., 2018, https://arxiv.org/abs/1810.12890): DropBlock2D, which was the best on the tuning seeds, is
 better than none; and wrong answers have more entropy than right ones.
