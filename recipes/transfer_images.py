@@ -19,7 +19,7 @@ Expected `--offline` on TensorFlow 2.21, Keras 3.15.1 (2026-11), percent right o
 With MobileNetV2's weights it was not measured: where this was written they could not be had.
 When it does not help: the order of the plans but scratch is within the noise of three draws, and logistic regression on
 the features, which trains nothing, is as good. On images that are unlike photographs, or with thousands of labels,
-scratch may be as good. Time: a minute offline; with MobileNetV2 about ten on two cores, most of it in its steps.
+scratch may be as good. Time: a minute or two offline; with MobileNetV2, by a few of its steps, ten to twenty.
 """
 
 import argparse
