@@ -15,7 +15,8 @@ OUT ?= out/quickstart
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: help demo test test-all test-tensorflow test-jax test-torch test-slow test-lowest test-plain soak compare-resume lint format bench
-.PHONY: averages snapshots second-order learning-rates momentum batch-sizes bench-search bench-step bench-minimize bench-conditions bench-backup bench-schedules bench-averages bench-ensembles bench-fine-tuning clean
+.PHONY: averages snapshots second-order learning-rates momentum batch-sizes regularizers transfer transfer-images
+.PHONY: bench-search bench-step bench-minimize bench-conditions bench-backup bench-schedules bench-averages bench-ensembles bench-fine-tuning clean
 .DEFAULT_GOAL := help
 
 help:  ## List what make can do
@@ -84,6 +85,12 @@ momentum: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Momentum a
 
 batch-sizes: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Batches of 8 to 512 and two rules for the rate; 12 seeds, a picture, in out/batch_sizes
 	$(BIN)/python recipes/batch_size.py $(if $(SMOKE),--smoke,--check) --out out/batch_sizes
+
+regularizers: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Regularizers on and off, with ten labels a class; 16 seeds, a picture, in out/regularizers
+	$(BIN)/python recipes/regularizers.py $(if $(SMOKE),--smoke,--check) --out out/regularizers
+
+transfer-images: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Fine-tune MobileNetV2 on few images, of your own with DATA=folder; a picture, in out/transfer_images
+	$(BIN)/python recipes/transfer_images.py $(if $(SMOKE),--smoke,--check) $(if $(DATA),--data $(DATA)) --out out/transfer_images
 
 bench: $(BENCHES) $(if $(SMOKE),,second-order learning-rates)  ## All of the following, second-order and learning-rates, on KERAS_BACKEND; SMOKE=1 for a quick look at the former
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -235,6 +236,129 @@ def test_batch_size_claim():
 def test_sweeps_refuse_before_they_train(name, wrong, capsys):
     with pytest.raises(SystemExit):
         recipe(name).main(wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
+def test_regularizers(tmp_path, capsys):
+    result = recipe("regularizers").main(["--smoke", "--out", str(tmp_path)])
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["regularizers.png", "result.json"]
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert [row["arm"] for row in result["rows"]] == ["none", "Dropout", "SVM", "logistic regression"]
+    assert all(0.5 < one["AUROC, mean of 20"] <= 1 for one in result["mc_predict"])
+    assert "mc_predict" in capsys.readouterr().out
+
+
+def test_regularizers_train_each_seed_by_itself():
+    """The network of an arm is compiled once; what a seed comes to hangs on no other that was trained before it."""
+    module = recipe("regularizers")
+    both, _ = module.train("DropConnectDense", 0.5, [7, 8], 10)
+    alone, _ = module.train("DropConnectDense", 0.5, [8], 10)
+    assert both[1] == alone[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="48 trainings; the layers are the same on all backends")
+def test_regularizers_claim():
+    """On other seeds than the docstring's."""
+    recipe("regularizers").main(["--check", "--first-seed", "200", "--arms", "DropBlock2D", "Dropout"])
+
+
+@pytest.mark.parametrize("wrong", [["--seeds", "0"], ["--first-seed", "5"], ["--check", "--smoke"], ["--arms", "none"]])
+def test_regularizers_refuse_before_they_train(wrong, capsys):
+    with pytest.raises(SystemExit):
+        recipe("regularizers").main(wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
+def unreachable(*arguments, **named):
+    raise AssertionError("the network was touched")
+
+
+def test_transfer_images(tmp_path, monkeypatch, capsys):
+    """The smoke never touches the network, and says that its figures are of no pretrained weights."""
+    monkeypatch.setattr("socket.socket.connect", unreachable)
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", unreachable)
+    monkeypatch.setattr(keras.applications, "MobileNetV2", unreachable)
+    result = recipe("transfer_images").main(["--smoke", "--out", str(tmp_path)])
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["result.json", "transfer_images.png"]
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert [row["plan"] for row in result["rows"]][2:] == ["scratch", "fine_tune"]
+    assert not result["pretrained"]
+    assert "NO PRETRAINED WEIGHTS" in capsys.readouterr().out
+
+
+SMALL = ["--steps", "4", "--seeds", "1", "--per-class", "2", "--plans", "scratch", "fine_tune"]
+
+
+def small_mobile_net(weights=None, input_shape=None, alpha=None, include_top=None, pooling=None):
+    """In the place of MobileNetV2: what "imagenet" would fetch is all 0.1."""
+    assert (alpha, include_top, pooling) == (0.35, False, "avg")
+    layers = [keras.Input(input_shape), keras.layers.Conv2D(4, 3, 8), keras.layers.BatchNormalization()]
+    body = keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D()], name="mobilenet")
+    if weights == "imagenet":
+        body.set_weights([0 * weight + 0.1 for weight in body.get_weights()])
+    return body
+
+
+def small_cifar():
+    rng = np.random.default_rng(0)
+    return (rng.integers(0, 256, (40, 32, 32, 3)).astype("uint8"), np.arange(40).reshape(-1, 1) % 10), (None, None)
+
+
+def test_transfer_images_with_what_is_fetched(monkeypatch, capsys):
+    module = recipe("transfer_images")
+    monkeypatch.setattr(keras.applications, "MobileNetV2", small_mobile_net)
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", small_cifar)
+    result = module.main(SMALL)
+    assert result["pretrained"]
+    assert result["source"] == "CIFAR-10"
+    assert "96 x 96" in capsys.readouterr().out
+    body = module.Body(offline=False, epochs=1)
+    assert all((weight == np.float32(0.1)).all() for weight in body.model(2)[0].get_weights())
+    assert not all((weight == np.float32(0.1)).all() for weight in body.model(2, fresh=True)[0].get_weights())
+
+
+def test_transfer_images_where_nothing_can_be_fetched(monkeypatch, capsys):
+    def fails(*arguments, **named):
+        raise OSError("URL fetch failure\nand much more")
+
+    monkeypatch.setattr(keras.applications, "MobileNetV2", fails)
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", fails)
+    result = recipe("transfer_images").main([*SMALL, "--check"])
+    said = capsys.readouterr().out
+    assert not result["pretrained"]
+    assert "MobileNetV2 cannot be had: OSError: URL fetch failure\n" in said
+    assert "CIFAR-10 cannot be had: OSError: URL fetch failure\n" in said
+    assert "the claim was not checked" in said
+
+
+def test_transfer_images_of_ones_own(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for name, first in (("cats", 0), ("dogs", 128)):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            image = rng.integers(first, first + 128, (20, 30, 3))
+            keras.utils.save_img(tmp_path / name / f"{i}.png", image, scale=False)
+    module, own = recipe("transfer_images"), ["--data", str(tmp_path), "--offline"]
+    assert module.main([*own, *SMALL])["source"].endswith("cats, dogs")
+    monkeypatch.setattr(module, "Body", lambda *arguments, **named: SimpleNamespace(size=32))
+    with pytest.raises(SystemExit, match="less than the 4 images of the smallest class"):
+        module.main([*own, "--per-class", "4"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="whole trainings; the plans are the same on all backends")
+def test_transfer_images_offline():
+    """What the docstring says of the network that stands in, on other draws than the docstring's."""
+    result = recipe("transfer_images").main(["--offline", "--check", "--first-seed", "200"])
+    found = {row["plan"]: row["accuracy"] for row in result["rows"]}
+    assert found["probe"] > found["scratch"]
+
+
+@pytest.mark.parametrize("wrong", [["--seeds", "0"], ["--steps", "1"], ["--data", __file__], ["--out", __file__]])
+def test_transfer_images_refuses_before_it_trains(wrong, capsys):
+    with pytest.raises(SystemExit):
+        recipe("transfer_images").main(wrong)
     assert wrong[0] in capsys.readouterr().err
 
 
