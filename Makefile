@@ -15,7 +15,7 @@ OUT ?= out/quickstart
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: help demo test test-all test-tensorflow test-jax test-torch test-slow test-lowest test-plain soak compare-resume lint format bench
-.PHONY: averages snapshots second-order learning-rates momentum batch-sizes bench-search bench-step bench-minimize bench-conditions bench-backup bench-schedules bench-averages bench-ensembles clean
+.PHONY: averages snapshots second-order learning-rates momentum batch-sizes transfer bench-search bench-step bench-minimize bench-conditions bench-backup bench-schedules bench-averages bench-ensembles clean
 .DEFAULT_GOAL := help
 
 help:  ## List what make can do
@@ -84,6 +84,9 @@ momentum: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Momentum a
 
 batch-sizes: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Batches of 8 to 512 and two rules for the rate; 12 seeds, a picture, in out/batch_sizes
 	$(BIN)/python recipes/batch_size.py $(if $(SMOKE),--smoke,--check) --out out/batch_sizes
+
+transfer: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Fine-tuning beside training from scratch on 10 to 50 labels; 16 draws, a picture, in out/transfer
+	$(BIN)/python recipes/transfer_digits.py $(if $(SMOKE),--smoke,--check) --out out/transfer
 
 bench: $(BENCHES) $(if $(SMOKE),,second-order learning-rates)  ## All of the following, second-order and learning-rates, on KERAS_BACKEND; SMOKE=1 for a quick look at the former
 
