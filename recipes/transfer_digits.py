@@ -1,4 +1,33 @@
-"""Transfer."""
+"""Fine-tuning beside training from scratch, and beside fine-tuning with one rate: digits, then 10 to 50 new labels.
+
+What: scikit-learn's 1,797 images of digits (8 x 8). A convolutional network of 35,000 weights learns the ten digits on
+1,000 images; the new task is whether a digit has a closed loop (0, 6, 8, 9), with 10, 20 or 50 labels, as many of each
+class, and 450 other images to test. The new label is a function of the old one, so that the body knows all there is to
+know. Each seed has its own images, pretraining and head, the same for each method, and each network has the same 104
+steps of Adam with all labels in each. A rate, or a C, is the best of 4 (of 5) on 6 seeds of their own, tested on 297
+images that are in no other test. "fine-tune" is `kopt.fine_tune` with its defaults, "one-rate" trains all weights alike.
+
+Claim: `kopt.fine_tune` beats training from scratch and fine-tuning with one rate (Wilcoxon's signed rank over the seeds,
+each with the mean of its three counts, p < 0.05). Expected on TensorFlow 2.21, Keras 3.15.1 (2026-11), 16 seeds,
+percent of test images; the margin over all counts:
+
+    labels                    10           20           50   fine-tune is better by
+    pixels, logistic     71.4 ± 5.3   78.9 ± 5.3   84.5 ± 2.4    6.0, p = 0.0004
+    pixels, SVM          72.8 ± 5.5   82.6 ± 5.1   89.5 ± 2.3    2.7, p = 0.009
+    scratch              72.1 ± 6.3   80.5 ± 3.8   86.9 ± 2.3    4.5, p = 0.0002
+    one-rate             73.3 ± 7.2   82.6 ± 4.3   89.2 ± 1.7    2.6, p = 0.01
+    probe                77.1 ± 8.3   85.3 ± 4.8   90.4 ± 2.7    0.0, p = 1
+    fine-tune            78.0 ± 8.0   84.3 ± 5.1   90.5 ± 1.9
+    staged               78.2 ± 7.7   84.9 ± 4.6   90.5 ± 2.0   -0.2, p = 0.3
+    layer-decay          73.7 ± 7.4   83.0 ± 4.2   89.7 ± 1.5    2.2, p = 0.02
+    features, logistic   77.4 ± 8.1   85.6 ± 5.6   90.2 ± 2.7   -0.1, p = 0.6
+
+By single counts the p beside one rate is 0.03, 0.08 and 0.005: with 20 labels alone, the claim does not hold.
+When it does not help: the frozen body (probe) is as good here, and so is a logistic regression on its features; an SVM
+on the pixels is close. With `--task new-classes` (5 to 9, after 0 to 4) fine-tune is worse than training from scratch,
+by 2.7 points, than one rate, by 2.4, and than the SVM, by 3.9: five digits do not teach what tells the others apart.
+Time: two and a half minutes of one core.
+"""
 
 import argparse
 import json
@@ -147,9 +176,7 @@ def compare(labels, numbers, found) -> list[dict]:
 
 
 def show(rows, seeds):
-    print(
-        f"\n{rows[0]['labels']:3} labels         rate or C        accuracy   fine-tune is better by         in        p"
-    )
+    print(f"\nlabels: {rows[0]['labels']:10} rate or C        accuracy   fine-tune is better by        in        p")
     for row in rows:
         line = f"{row['method']:18} {row['number']:>8}   {row['accuracy']:6.2f} ± {row['sd']:4.2f} %"
         if "margin" in row:
@@ -176,9 +203,8 @@ def draw(task, rows, file):
         if (count, FINE_TUNE) in of and (count, method) in of:
             values, ticks[at] = of[count, FINE_TUNE] - of[count, method], str(count)
             spread = at + np.linspace(-0.2, 0.2, len(values))
-            right.plot(
-                spread, values, "o", ms=4, alpha=0.6, color=COLORS[method], label=method if count == labels[0] else None
-            )
+            name = method if count == labels[0] else None
+            right.plot(spread, values, "o", ms=4, alpha=0.6, color=COLORS[method], label=name)
             right.plot([at - 0.35, at + 0.35], [values.mean()] * 2, color="#D55E00", lw=2.5)
     right.axhline(0, color="black", lw=0.8)
     right.set_xticks(list(ticks), ticks.values())
@@ -226,8 +252,7 @@ def main(argv=None):
     print(f"Keras {keras.__version__} on {keras.backend.backend()}; {TASKS[args.task]}")
     trial = Trial(args.task, seeds, epochs=2 if args.smoke else 10)
     tuning = None if args.smoke else Trial(args.task, TUNING_SEEDS, tuning=True)
-    sizes = [f"{len(images)} {name}" for images, name in ((trial.test[0], "to test"), (trial.labeled[0], "labeled"))]
-    say(f"Images of each seed: {', '.join(sizes)} at most, balanced", flush=True)
+    say(f"Images of a seed: {len(trial.test[0])} to test, up to {len(trial.labeled[0])} labeled, balanced")
     model, base = network([0], 2)
     kopt.describe(model, {base: 0.1}, print_fn=say)
     for labels in [20] if args.smoke else LABELS:
