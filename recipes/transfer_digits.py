@@ -5,11 +5,10 @@ What: scikit-learn's 1,797 images of digits (8 x 8). A convolutional network of 
 class, and 450 other images to test. The new label is a function of the old one, so that the body knows all there is to
 know. Each seed has its own images, pretraining and head, the same for each method, and each network has the same 104
 steps of Adam with all labels in each. A rate, or a C, is the best of 4 (of 5) on 6 seeds of their own, tested on 297
-images that are in no other test. "fine-tune" is `kopt.fine_tune` with its defaults, "one-rate" trains all weights alike.
+images that are in no other test. "fine-tune" is `kopt.fine_tune` with its defaults; "one-rate" trains all alike.
 
-Claim: `kopt.fine_tune` beats training from scratch and fine-tuning with one rate (Wilcoxon's signed rank over the seeds,
-each with the mean of its three counts, p < 0.05). Expected on TensorFlow 2.21, Keras 3.15.1 (2026-11), 16 seeds,
-percent of test images; the margin over all counts:
+Claim: `kopt.fine_tune` beats training from scratch (Wilcoxon's signed rank over seeds, each with the mean of its three
+counts, p < 0.05). Expected on TensorFlow 2.21, Keras 3.15.1 (2026-11), 16 seeds, percent of the test images:
 
     labels                    10           20           50   fine-tune is better by
     pixels, logistic     71.4 ± 5.3   78.9 ± 5.3   84.5 ± 2.4    6.0, p = 0.0004
@@ -22,7 +21,9 @@ percent of test images; the margin over all counts:
     layer-decay          73.7 ± 7.4   83.0 ± 4.2   89.7 ± 1.5    2.2, p = 0.02
     features, logistic   77.4 ± 8.1   85.6 ± 5.6   90.2 ± 2.7   -0.1, p = 0.6
 
-By single counts the p beside one rate is 0.03, 0.08 and 0.005: with 20 labels alone, the claim does not hold.
+Seeds 200 to 215: better than scratch by 2.7 points (p = 0.003), but than one rate only by 0.8 (p = 0.1), and than the
+SVM by 0.9 (p = 0.3). That it beats one rate was to be claimed, too. It did not hold on these draws, nor, above, with 20
+labels alone (p = 0.08): the difference, if there is one, is too small for 16 draws.
 When it does not help: the frozen body (probe) is as good here, and so is a logistic regression on its features; an SVM
 on the pixels is close. With `--task new-classes` (5 to 9, after 0 to 4) fine-tune is worse than training from scratch,
 by 2.7 points, than one rate, by 2.4, and than the SVM, by 3.9: five digits do not teach what tells the others apart.
@@ -217,8 +218,8 @@ def draw(task, rows, file):
 
 
 def wrong(task, rows) -> list[str]:
-    """Beside which methods the claim does not hold: with the counts together, so that there is one test of each."""
-    others, sign = ((SCRATCH, ONE_RATE), 1) if task == "loop" else ((SCRATCH, SVM), -1)
+    """Beside which methods the claim does not hold; the counts are together, so that there is one test of each."""
+    others, sign = ([SCRATCH], 1) if task == "loop" else ([SCRATCH, SVM], -1)
     beside = [row for row in rows if row["labels"] == TOGETHER and row["method"] in others]
     return [row["method"] for row in beside if sign * row["margin"] <= 0 or row["p"] >= 0.05]
 
@@ -239,8 +240,8 @@ def arguments(argv):
     args.plan = [plan_ for plan_ in PLANS if plan_ in plan or "all" in plan]
     if args.seeds < 1 or args.first_seed < len(TUNING_SEEDS) or (args.check and (args.seeds < 8 or args.smoke)):
         parser.error("--seeds must be 1 or more, --first-seed 6 or more; --check wants 8 seeds and no --smoke")
-    if args.check and not {ONE_RATE, FINE_TUNE} <= set(args.plan):
-        parser.error(f"--check wants the plans {ONE_RATE} and {FINE_TUNE}; received {' '.join(args.plan)}")
+    if args.check and FINE_TUNE not in args.plan:
+        parser.error(f"--check wants the plan {FINE_TUNE}; received {' '.join(args.plan)}")
     if args.out and args.out.exists() and not args.out.is_dir():
         parser.error(f"--out must be a folder; {args.out} is a file")
     return args
