@@ -197,7 +197,12 @@ def draw(task, rows, file):
         error = sd / len(rows[0]["runs"]) ** 0.5
         style = {"fmt": "o-" if method in PLANS else "s--", "ms": 4, "capsize": 2, "color": COLORS[method]}
         left.errorbar(x * 1.03 ** (place - len(methods) / 2), y, error, label=method, **style)
-    left.set(xscale="log", xlabel="labels of the new task", ylabel="test accuracy, %", title=TASKS[task])
+    left.set(
+        xscale="log",
+        xlabel="labels of the new task; bars are standard errors",
+        ylabel="test accuracy, %",
+        title=TASKS[task],
+    )
     left.set_xticks(labels, map(str, labels))
     left.minorticks_off()
     of, ticks = {(row["labels"], row["method"]): np.array(row["runs"]) for row in rows}, {}
