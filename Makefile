@@ -92,6 +92,9 @@ regularizers: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Regula
 transfer-images: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Fine-tune MobileNetV2 on few images, of your own with DATA=folder; a picture, in out/transfer_images
 	$(BIN)/python recipes/transfer_images.py $(if $(SMOKE),--smoke,--check) $(if $(DATA),--data $(DATA)) --out out/transfer_images
 
+transfer: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Fine-tuning beside training from scratch on 10 to 50 labels; 16 draws, a picture, in out/transfer
+	$(BIN)/python recipes/transfer_digits.py $(if $(SMOKE),--smoke,--check) --out out/transfer
+
 bench: $(BENCHES) $(if $(SMOKE),,second-order learning-rates)  ## All of the following, second-order and learning-rates, on KERAS_BACKEND; SMOKE=1 for a quick look at the former
 
 bench-step: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Time an optimizer's step beside Keras's

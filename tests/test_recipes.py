@@ -359,6 +359,53 @@ def test_transfer_images_offline():
 def test_transfer_images_refuses_before_it_trains(wrong, capsys):
     with pytest.raises(SystemExit):
         recipe("transfer_images").main(wrong)
+
+
+def test_transfer_digits(tmp_path, capsys):
+    result = recipe("transfer_digits").main(["--smoke", "--out", str(tmp_path)])
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "result.json", "transfer_digits.png"]
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    methods = ["pixels, logistic", "pixels, SVM", "scratch", "one-rate", "fine-tune", "features, logistic"]
+    assert [row["method"] for row in result["rows"]] == methods
+    assert "fine-tune is better by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["loop", "new-classes"])
+def test_transfer_digits_keeps_what_it_tunes_on_out_of_every_test(task):
+    """Balanced labels; no image is used twice by a seed, and none to tune on is tested."""
+    digits = recipe("transfer_digits").digits
+    tested, classes = digits(task, [100, 101], False), 2 if task == "loop" else 5
+    tuned = digits(task, range(3), True)
+    for seed in (0, 1):
+        seen = {part: {image.tobytes() for image in tested[part][0][:, seed]} for part in range(3)}
+        assert sum(map(len, seen.values())) == len(set().union(*seen.values()))
+        others = {image.tobytes() for part in tuned[1:] for image in part[0][:, seed]}
+        assert not others & (seen[1] | seen[2])
+        for labels in (10, 20, 50):
+            assert set(np.bincount(tested[1][1][:labels, seed])) == {labels // classes}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="hundreds of trainings; they are the same on all backends")
+def test_transfer_digits_claim():
+    """On other draws than the docstring's."""
+    recipe("transfer_digits").main(["--check", "--first-seed", "200", "--plan", "fine-tune", "--quiet"])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--seeds", "0"],
+        ["--first-seed", "5"],
+        ["--check", "--smoke"],
+        ["--check", "--plan", "probe"],
+        ["--task", "odd"],
+        ["--out", __file__],
+    ],
+)
+def test_transfer_digits_refuses_before_it_trains(wrong, capsys):
+    with pytest.raises(SystemExit):
+        recipe("transfer_digits").main(wrong)
     assert wrong[0] in capsys.readouterr().err
 
 
