@@ -346,15 +346,6 @@ def test_transfer_images_of_ones_own(tmp_path, monkeypatch):
         module.main([*own, "--per-class", "4"])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="whole trainings; the plans are the same on all backends")
-def test_transfer_images_offline():
-    """What the docstring says of the network that stands in, on other draws than the docstring's."""
-    result = recipe("transfer_images").main(["--offline", "--check", "--first-seed", "200"])
-    found = {row["plan"]: row["accuracy"] for row in result["rows"]}
-    assert found["probe"] > found["scratch"]
-
-
 @pytest.mark.parametrize("wrong", [["--seeds", "0"], ["--steps", "1"], ["--data", __file__], ["--out", __file__]])
 def test_transfer_images_refuses_before_it_trains(wrong, capsys):
     with pytest.raises(SystemExit):
@@ -389,7 +380,7 @@ def test_transfer_digits_keeps_what_it_tunes_on_out_of_every_test(task):
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="hundreds of trainings; they are the same on all backends")
 def test_transfer_digits_claim():
     """On other draws than the docstring's."""
-    recipe("transfer_digits").main(["--check", "--first-seed", "200", "--plan", "fine-tune", "--quiet"])
+    recipe("transfer_digits").main(["--check", "--first-seed", "200", "--plan", "one-rate", "fine-tune", "--quiet"])
 
 
 @pytest.mark.parametrize(
