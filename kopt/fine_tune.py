@@ -25,7 +25,7 @@ def fine_tune(
     body_multiplier: float = 0.1,
     levels: int | None = None,
     ramp_epochs: float | None = None,
-    reinit: bool = False,
+    reinit: bool | str = False,
     engine: str = "multiplier",
     freeze_bn: bool = True,
     callbacks=None,
@@ -57,6 +57,8 @@ def fine_tune(
             with the layer before it, as for `kopt.layer_decay`. None: all.
         ramp_epochs: Let the body begin slowly, in a straight line over so many epochs.
         reinit: Draw the weights of the head anew before (`kopt.reinit_head`); for a model that was just compiled.
+            "zeros": with zeros in its last layer, the better choice with few labels: what was drawn at random stays in
+            the answer wherever the labels say nothing.
         engine: "multiplier", or "trainable", which saves time while the body rests; see
             `kopt.callbacks.StagedUnfreeze`.
         freeze_bn: Keep batch normalization of the body in inference.
@@ -80,6 +82,9 @@ def fine_tune(
         https://arxiv.org/abs/1411.1792.
     """
     bases = _bases(model, base)
+    if not any(one.trainable_variables for one in bases):
+        allowed = "of trainable weights: set `trainable = True` and compile; it is the callback that freezes"
+        checks.refuse("base", allowed, base)
     if not getattr(model, "compiled", False) or getattr(model, "optimizer", None) is None:
         checks.refuse("model", "a compiled model, with an optimizer", model)
     head_epochs, epochs = checks.count(0)("head_epochs", head_epochs), checks.count(1)("epochs", epochs)
@@ -90,7 +95,8 @@ def fine_tune(
         checks.refuse("ramp_epochs", "None without `head_epochs`: the ramp leads out of the rest", ramp_epochs)
     if "initial_epoch" in fit_arguments:
         checks.refuse("initial_epoch", "left out: to go on, `fit` with StagedUnfreeze", fit_arguments["initial_epoch"])
-    reinit = checks.boolean("reinit", reinit)
+    if not isinstance(reinit, bool) and reinit != "zeros":
+        checks.refuse("reinit", "True, False or 'zeros'", reinit)
     trained = bases
     if levels is not None:
         found = levels_of(bases)
@@ -114,7 +120,7 @@ def fine_tune(
         if any(int(_keras.to_numpy(one.iterations)) for one in stepping.updating(model.optimizer)):
             allowed = "False for an optimizer that has run, with moments of the old head: compile the model anew"
             checks.refuse("reinit", allowed, True)
-        reinit_head(model, base)
+        reinit_head(model, base, zeros=reinit == "zeros")
     if learning_rate is not None:
         model.optimizer.learning_rate = learning_rate
     callbacks = [*callbacks, staged]
@@ -203,8 +209,4 @@ def _bases(model, base) -> list:
     within = {id(layer) for layer in _keras.layers_of(model)} - {id(model)}
     if not bases or any(id(one) not in within for one in bases):
         checks.refuse("base", LISTED, base)
-    bases = [one for one in bases if one.weights]  # no `InputLayer`, activation, pooling
-    if not any(one.trainable_variables for one in bases):
-        allowed = "of trainable weights: set `trainable = True` and compile; it is the callback that freezes"
-        checks.refuse("base", allowed, base)
-    return bases
+    return [one for one in bases if one.weights]  # no `InputLayer`, activation, pooling

@@ -126,11 +126,13 @@ def train(method, rate, seeds, body, data, test):
     model, base = network(seeds, y.max() + 1, None if method == SCRATCH else body)
     base.trainable = method != "probe"
     decay = kopt.layer_decay(model, 1 / 2.6) if method == "layer-decay" else None
+    if method not in (SCRATCH, FINE_TUNE):
+        kopt.reinit_head(model, base, zeros=True)
     model.compile(kopt.Adam(rate, multipliers=decay), loss=loss)
     x, y = (np.concatenate([part] * PASSES) for part in data)
     how = {"batch_size": len(data[0]), "shuffle": False, "verbose": 0}
     if method == FINE_TUNE:
-        kopt.fine_tune(model, base, x, y, **how)  # as it comes: 3 epochs of the head, 10 of all, the body at 0.1
+        kopt.fine_tune(model, base, x, y, reinit="zeros", **how)  # 3 epochs of the head, 10 of all, the body at 0.1
     else:
         top = {at: {base.get_layer(name): 0.1} for at, name in ((3, "dense"), (6, "conv2"), (9, "conv1"))}
         staged = [StagedUnfreeze({0: {base: 0.0}, **top})] * (method == "staged")

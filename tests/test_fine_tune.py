@@ -99,12 +99,17 @@ def test_reinit_head():
     kopt.reinit_head(model, base)
     assert moved(model, start) == {"neck/kernel", "head/kernel"}  # biases begin at 0 again
     assert equal(base.weights, body)
+    base.trainable = False
     kopt.reinit_head(model, base, zeros=True)
+    base.trainable = True
     assert not any(array.any() for array in numpy(model.get_layer("head").weights))
     assert numpy(model.get_layer("neck").weights)[0].any()
     start = numpy(model.get_layer("neck").weights)
     tuned(model, base, reinit=True, body_multiplier=0.0)
     assert not equal(model.get_layer("neck").weights, start)
+    model, base = made(kopt.SGD(1e-30))
+    tuned(model, base, reinit="zeros")
+    assert np.abs(numpy(model.get_layer("head").weights)[0]).max() < 1e-20
 
 
 def test_callbacks_may_be_any_iterable():
@@ -200,7 +205,7 @@ def test_what_is_refused():
         ({"body_multiplier": -1}, "`body_multiplier` must be a finite number of 0 or more"),
         ({"levels": 3}, "`levels` must be 2 at most, as many as the base has"),
         ({"head_epochs": 0, "ramp_epochs": 1}, "`ramp_epochs` must be None without `head_epochs`"),
-        ({"reinit": 1}, "`reinit` must be True or False"),
+        ({"reinit": 1}, "`reinit` must be True, False or 'zeros'"),
         ({"initial_epoch": 2}, "`initial_epoch` must be left out"),
         ({"engine": "none"}, "`engine` must be one of"),
     ):
