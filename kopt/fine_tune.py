@@ -7,6 +7,7 @@ import numpy as np
 
 from kopt import _keras, checks
 from kopt._keras import stepping
+from kopt.callbacks.install import clear_left
 from kopt.callbacks.unfreeze import StagedUnfreeze
 from kopt.optimizers.layer_decay import levels_of
 
@@ -82,6 +83,7 @@ def fine_tune(
         https://arxiv.org/abs/1411.1792.
     """
     bases = _bases(model, base)
+    clear_left(model)
     if not any(one.trainable_variables for one in bases):
         allowed = "of trainable weights: set `trainable = True` and compile; it is the callback that freezes"
         checks.refuse("base", allowed, base)
@@ -137,7 +139,8 @@ def reinit_head(model, base, zeros: bool = False) -> None:
         model: The model, with its weights.
         base: The body, which stays: a layer or model in it, or a list of such.
         zeros: Let the last layer with a kernel, of each output, begin with zeros, as Big Transfer has it: the first
-            gradients then do not depend on what was drawn, and nothing of them goes into the body.
+            gradients then do not depend on what was drawn, and nothing of them goes into the body. Not for a head that
+            multiplies two layers, such as two towers: neither would learn.
 
     Example:
         >>> import keras, kopt
@@ -152,12 +155,15 @@ def reinit_head(model, base, zeros: bool = False) -> None:
         https://arxiv.org/abs/1912.11370, for the zeros.
     """
     bases = _bases(model, base)
+    clear_left(model)
+    if not stepping.has_all_weights(model):
+        checks.refuse("model", "built: call it once, or give it an `Input`", model.name)
     zeros = checks.boolean("zeros", zeros)
     body = {id(weight) for one in bases for weight in one.weights}
     trained = {id(variable) for variable in model.trainable_variables} - body
     head = [layer for layer in _keras.layers_of(model) if trained & {id(w) for w in _keras.own_weights(layer)}]
     if not head:
-        checks.refuse("base", "a part of the model, so that there is a head", base)
+        checks.refuse("base", "a part of the model, so that there is a head, which is trainable", base)
     last = _last(model, head) if zeros else []
     drawn = [_drawn(layer) for layer in head]
     for layer, arrays in zip(head, drawn, strict=True):
@@ -184,14 +190,27 @@ def _unmade(layer) -> str:
 
 def _last(model, head) -> list:
     """The last layers of the head with a kernel, one for each output."""
+    passed = keras.layers.BatchNormalization, keras.layers.LayerNormalization, keras.layers.PReLU
 
     def is_sought(layer):
-        return hasattr(layer, "kernel") and any(layer is one for one in head)
+        is_matrix = any(len(weight.shape) > 1 for weight in _keras.own_weights(layer))
+        return is_matrix and not isinstance(layer, passed) and any(layer is one for one in head)
 
     outputs = _keras.outputs_of(model)
     if outputs is None:
-        return [layer for layer in head if is_sought(layer)][-1:]
-    return [layer for output in keras.tree.flatten(outputs) for layer in _keras.last_before(output, is_sought)]
+        found = [layer for layer in head if is_sought(layer)]
+        if len(found) != 1:
+            allowed = (
+                "False for a model that is neither functional nor a `Sequential`, and has several layers in its head"
+            )
+            checks.refuse("zeros", allowed, True)
+    else:
+        found = [layer for output in keras.tree.flatten(outputs) for layer in _keras.last_before(output, is_sought)]
+    unfit = [layer for layer in found if not hasattr(layer, "kernel") or hasattr(layer, "recurrent_kernel")]
+    if unfit or not found:
+        names = f": {unfit[0].name!r} has another" if unfit else ""
+        checks.refuse("zeros", f"False where the head does not end with a layer with a `kernel`{names}", True)
+    return found
 
 
 def _check_rate(optimizer, learning_rate) -> None:

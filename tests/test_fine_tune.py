@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import kopt
-from tests.training import equal, numpy
+from tests.training import AtEpoch, equal, numpy
 
 X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 Y = X @ np.random.default_rng(1).normal(size=(4, 1)).astype("float32")
@@ -110,6 +110,62 @@ def test_reinit_head():
     model, base = made(kopt.SGD(1e-30))
     tuned(model, base, reinit="zeros")
     assert np.abs(numpy(model.get_layer("head").weights)[0]).max() < 1e-20
+
+
+class Bare(keras.layers.Layer):
+    """A layer whose matrix is no `kernel`."""
+
+    def build(self, shape):
+        self.w = self.add_weight(shape=(shape[-1], 1))
+
+    def call(self, x):
+        return x @ self.w
+
+
+def test_zeros_are_refused_where_they_would_be_in_the_wrong_layer():
+    base = keras.Sequential([keras.Input((8, 4)), keras.layers.Dense(3)])
+    hidden = keras.layers.Dense(3, "relu")
+    for last in (Bare(), keras.layers.SeparableConv1D(2, 3), keras.layers.Bidirectional(keras.layers.LSTM(2))):
+        model = keras.Sequential([base, hidden, last])
+        start = numpy(model.weights)
+        with pytest.raises(ValueError, match="`zeros` must be False where the head does not end with .* `kernel`"):
+            kopt.reinit_head(model, base, zeros=True)
+        assert equal(model.weights, start)
+
+
+def test_a_deep_body_beside_a_head():
+    """A way back from an output that meets no head goes through the whole body."""
+    inputs = outputs = keras.Input((4,))
+    for _ in range(400):
+        outputs = keras.layers.Identity()(outputs)
+    base = keras.Model(inputs, keras.layers.Dense(3)(outputs))
+    inputs = keras.Input((4,))
+    features = base(inputs)
+    head = keras.layers.Dense(1)
+    kopt.reinit_head(keras.Model(inputs, [head(features), features]), base, zeros=True)
+    assert not numpy(head.weights)[0].any()
+
+
+@pytest.mark.parametrize("then", ["again", "frozen"])
+def test_after_an_interrupt(then):
+    """The flags of engine "trainable" are gone before anything looks at them; what was frozen since stays so."""
+
+    def stop(model):
+        raise KeyboardInterrupt
+
+    model, base = made()
+    with pytest.raises(KeyboardInterrupt):
+        tuned(model, base, engine="trainable", callbacks=[AtEpoch(0, stop)])
+    if then == "again":
+        history = tuned(model, base, engine="trainable")
+        assert history["multiplier/base"] == [0.0, 0.1, 0.1]
+        return
+    base.trainable = False
+    model.compile("adam", loss="mse")
+    start = numpy(base.weights[:4])
+    model.fit(X, Y, batch_size=8, verbose=0)
+    assert len(model.trainable_variables) == 4
+    assert equal(base.weights[:4], start)
 
 
 def test_callbacks_may_be_any_iterable():
@@ -224,5 +280,8 @@ def test_what_is_refused():
     bare = keras.Sequential([base, keras.layers.Dense(1)])
     with pytest.raises(ValueError, match="`model` must be a compiled model"):
         kopt.fine_tune(bare, base, X, Y)
-    with pytest.raises(ValueError, match="`base` must be a part of the model, so that there is a head"):
-        kopt.reinit_head(keras.Sequential([base]), base)
+    with pytest.raises(ValueError, match="`base` must be a part of the model, so that .* trainable"):
+        kopt.reinit_head(keras.Sequential([keras.Input((4,)), base]), base)
+    with pytest.raises(ValueError, match="`model` must be built"):
+        lazy = keras.Sequential([keras.layers.Dense(1), keras.layers.Dense(1)])
+        kopt.reinit_head(lazy, lazy.layers[0])

@@ -143,7 +143,7 @@ def test_ramps_are_straight():
     assert history["multiplier/base"] == pytest.approx([0.0, 0.48, 0.8, 0.8])
 
 
-@pytest.mark.parametrize("fits", [1, 2])
+@pytest.mark.parametrize("fits", ["one", "two", "two, the second later"])
 @pytest.mark.parametrize("corrected", [True, False])
 @pytest.mark.parametrize("before", [0, 2000])
 @pytest.mark.parametrize("make", [keras.optimizers.Adam, kopt.AdamW])
@@ -157,9 +157,12 @@ def test_moments_that_begin_late_take_steps_of_the_size_of_new_ones(make, before
     if not corrected:
         monkeypatch.setattr(cold, "correction", lambda optimizer: None)
     look, start = Look("high"), numpy(base.get_layer("high").weights)[1]
-    stages = [({0: {"high": 0.0}, 2: {"high": 1.0}}, 5)] if fits == 1 else [({0: {"high": m}}, 2 + m) for m in (0, 1)]
-    for stage, epochs in stages:
-        fit(model, kopt.callbacks.StagedUnfreeze(stage, engine="trainable"), look, epochs=epochs)
+    frozen, free = {"high": 0.0}, {"high": 1.0}
+    first = 2 * (fits == "two, the second later")
+    whole = [({0: frozen, 2: free}, {"epochs": 5})]
+    parts = [({0: frozen}, {"epochs": 2}), ({0: free}, {"initial_epoch": first, "epochs": first + 3})]
+    for stages, epochs in whole if fits == "one" else parts:
+        fit(model, kopt.callbacks.StagedUnfreeze(stages, engine="trainable"), look, **epochs)
     biases = [start, *(weights[1] for weights in look.seen)]
     steps = [np.abs(b - a).mean() / (4 * 0.001) for a, b in pairwise(biases)]
     assert steps[:2] == [0.0, 0.0]

@@ -384,21 +384,23 @@ def made_by(output):
     return layer if inner is None else made_by(keras.tree.flatten(inner)[output._keras_history.tensor_index])
 
 
-def last_before(output, is_sought, seen=None) -> list:
+def last_before(output, is_sought) -> list:
     """The layers nearest to a symbolic tensor, on every way back from it, for which `is_sought(layer)`."""
-    operation, node, place = output._keras_history
-    seen = set() if seen is None else seen
-    if (id(operation), node, place) in seen:
-        return []
-    seen.add((id(operation), node, place))
-    inner = outputs_of(operation)
-    if inner is not None:
-        found = last_before(keras.tree.flatten(inner)[place], is_sought, seen)
-    else:
-        layers = layers_of(operation) if isinstance(operation, keras.Layer) else []
-        found = [layer for layer in layers if is_sought(layer)][-1:]
-    inputs = [] if found else operation._inbound_nodes[node].input_tensors
-    return [*found, *(layer for one in inputs for layer in last_before(one, is_sought, seen))]
+    found, seen, left = [], set(), [output]
+    while left:
+        operation, node, place = left.pop()._keras_history
+        if (id(operation), node, place) in seen:
+            continue
+        seen.add((id(operation), node, place))
+        inner = outputs_of(operation)
+        if inner is not None:
+            here = last_before(keras.tree.flatten(inner)[place], is_sought)
+        else:
+            layers = layers_of(operation) if isinstance(operation, keras.Layer) else []
+            here = [layer for layer in layers if is_sought(layer)][-1:]
+        found += here
+        left += [] if here else operation._inbound_nodes[node].input_tensors
+    return found
 
 
 def fits_of(model) -> int:

@@ -144,6 +144,13 @@ class Installation:
                 undo()
 
 
+def clear_left(model) -> None:
+    """Take out of a model what a `fit` that raised has left in it."""
+    found = vars(model).get("make_train_function")
+    if isinstance(found, Installation) and not _keras.fits_of(model):
+        found.clear()
+
+
 def settle(model) -> None:
     """Install what waits for the model's weights. For who makes them in a `fit` before TensorFlow does, at step one."""
     found = vars(model).get("make_train_function")

@@ -157,11 +157,16 @@ class StagedUnfreeze(InStep):
         for track in self._whole:
             if logs is not None:
                 key = f"multiplier/{track.name}"
-                logs[key if key not in logs else f"{key}_{self.name}"] = float(str(np.float32(track.value(time))))
+                while key in logs:  # of another callback
+                    key += f"_{self.name}"
+                logs[key] = float(str(np.float32(track.value(time))))
 
     def let_go(self):
-        for variable, own in self._own_flags or ():
-            variable.trainable = own
+        if self._own_flags:  # less what has been frozen since: after an interrupt one may freeze, and compile
+            resting = [layer for layer in _keras.layers_of(self._model) if not layer.trainable]
+            resting = {id(weight) for layer in resting for weight in _keras.own_weights(layer)}
+            for variable, own in self._own_flags:
+                variable.trainable = own and id(variable) not in resting
         if self._held is not None:
             self._held.close()
         self._frozen, self._own_flags = frozenset(), ()
@@ -177,7 +182,7 @@ class _Part:
         self.clock = clock.Clock(clock.add(optimizer), self._values)
         self.active: list = []  # for each track the epochs at which it begins and ends to be trained
         self.warm = self.correction = None
-        if callback.engine == "trainable":  # for each track, whether it was trained before this fit's time began
+        if callback.engine == "trainable":  # for each track, whether it was trained before; all updates before this fit
             self.warm = callback.add_variable(optimizer, (len(self.tracks) + 1,), dtype="int32", name="warm")
 
     def _values(self, time):
@@ -187,7 +192,8 @@ class _Part:
     def begin(self, optimizer, span, epochs) -> None:
         """Find out when each track is trained, and how many updates its moments have had before."""
         self.correction = cold.correction(optimizer)
-        self.warm.assign(np.array([*(not cold.is_cold(optimizer, own) for own in self.variables), 0], "int32"))
+        warm = [not cold.is_cold(optimizer, own) for own in self.variables]
+        self.warm.assign(np.array([*warm, _keras.to_numpy(optimizer.iterations)], "int32"))
         for track in self.tracks:
             frozen = [track.is_frozen(epoch, span) for epoch in range(min(epochs, track.stays(span) + 1))]
             edges = [epoch for epoch, rests in enumerate(frozen) if rests != ([True, *frozen][epoch])]
@@ -204,16 +210,16 @@ class _Part:
         for place, (track, variables) in enumerate(zip(self.tracks, self.variables, strict=True)):
             share = track.value(time)
             if self.correction is not None:
-                count = at_most(at_least(self._updates(place, time)), updates)  # others, if the optimizer is a new one
-                share = share * self.correction(count + 1, updates + 1)
+                share = share * self.correction(self._updates(place, time, updates) + 1, updates + 1)
             share = float(share) if backends.BACKEND == "torch" else share
             found += [(variable, share) for variable in variables if variable.trainable]
         return found
 
-    def _updates(self, place, time):
-        """How many updates the moments of a track have had."""
+    def _updates(self, place, time, updates):
+        """How many updates the moments of a track have had, of all there were: a cold one has none from before."""
         origin = backends.numbers(self.clock.variable, "int32")[0]  # all updates before that time
-        count = backends.numbers(self.warm, "int32")[place] * origin
+        *warm, begun = backends.numbers(self.warm, "int32")
+        count = warm[place] * origin
         for i, epoch in enumerate(self.active[place]):
             count = count + time.since(Length(epochs=epoch)).steps * (-1 if i % 2 else 1)
-        return count
+        return at_most(at_least(count), updates - (1 - warm[place]) * begun)
