@@ -200,9 +200,7 @@ def _last(model, head) -> list:
     if outputs is None:
         found = [layer for layer in head if is_sought(layer)]
         if len(found) != 1:
-            allowed = (
-                "False for a model that is neither functional nor a `Sequential`, and has several layers in its head"
-            )
+            allowed = "False for a model that has no graph of layers, where they are several in the head"
             checks.refuse("zeros", allowed, True)
     else:
         found = [layer for output in keras.tree.flatten(outputs) for layer in _keras.last_before(output, is_sought)]

@@ -282,6 +282,6 @@ def test_what_is_refused():
         kopt.fine_tune(bare, base, X, Y)
     with pytest.raises(ValueError, match="`base` must be a part of the model, so that .* trainable"):
         kopt.reinit_head(keras.Sequential([keras.Input((4,)), base]), base)
+    lazy = keras.Sequential([keras.layers.Dense(1), keras.layers.Dense(1)])
     with pytest.raises(ValueError, match="`model` must be built"):
-        lazy = keras.Sequential([keras.layers.Dense(1), keras.layers.Dense(1)])
         kopt.reinit_head(lazy, lazy.layers[0])
