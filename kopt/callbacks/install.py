@@ -38,9 +38,12 @@ class Installation:
             self.clear()
         return self.make(force)
 
-    def clear_and_compile(self, *arguments, **named):
+    def clear_left(self) -> None:
         if not _keras.fits_of(self.model):
             self.clear()
+
+    def clear_and_compile(self, *arguments, **named):
+        self.clear_left()
         return self.compile(*arguments, **named)
 
     def history_now(self):
@@ -147,8 +150,8 @@ class Installation:
 def clear_left(model) -> None:
     """Take out of a model what a `fit` that raised has left in it."""
     found = vars(model).get("make_train_function")
-    if isinstance(found, Installation) and not _keras.fits_of(model):
-        found.clear()
+    if isinstance(found, Installation):
+        found.clear_left()
 
 
 def settle(model) -> None:
