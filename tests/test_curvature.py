@@ -121,7 +121,7 @@ def test_linear_regression(steps):
 
 def test_a_softmax_has_weights_too_many():
     model = net(keras.layers.Dense(3, use_bias=False), loss=keras.losses.CategoricalCrossentropy(from_logits=True))
-    labels = np.eye(3)[RNG.integers(0, 3, 40)]
+    labels = np.eye(3)[np.random.default_rng(0).integers(0, 3, 40)]
     logits = X.astype("float64") @ ops.convert_to_numpy(model.trainable_variables[0]).astype("float64")
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     blocks = p[:, :, None] * (np.eye(3) - p[:, None, :])
@@ -251,7 +251,8 @@ def test_a_dense_spectrum_has_honest_bounds():
 
 @pytest.mark.parametrize("batch_size", [40, 16, 7])
 def test_batches_are_the_whole(batch_size):
-    model, weights = mlp(kernel_regularizer=keras.regularizers.L2(0.01)), RNG.uniform(0, 2, 40).astype(FLOATX)
+    model = mlp(kernel_regularizer=keras.regularizers.L2(0.01))
+    weights = np.random.default_rng(0).uniform(0, 2, 40).astype(FLOATX)
     exact = dense_eigenvalues(model, X, Y, weights)
     found = curvature(model, X, Y, weights, batch_size=batch_size, steps=44, verbose=0)
     np.testing.assert_allclose(found.eigenvalues, exact, atol=found.precision + 10 * EPS * exact[-1])

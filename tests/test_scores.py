@@ -54,7 +54,7 @@ def test_the_sign_test_is_exact(wins, losses):
 
 
 def test_one_beside_another():
-    one, other = RNG.normal(size=(2, 50))
+    one, other = np.random.default_rng(1).normal(size=(2, 50))
     found = scores.compare(one, other, are_shares=False)
     low, high = stats.norm.interval(0.95, (one - other).mean(), stats.sem(one - other))
     np.testing.assert_allclose([found[k] for k in ("gain", "low", "high")], [(one - other).mean(), low, high])
@@ -77,7 +77,7 @@ def test_shares_beside_each_other(rows, against):
 
 
 def test_the_temperature_has_the_least_loss():
-    logits = RNG.normal(size=(300, 4))
+    logits = np.random.default_rng(1).normal(size=(300, 4))
     logits[np.arange(300), LABELS.repeat(2)[:300]] += 1
     judge = scores.Classes(LABELS.repeat(2)[:300], 4)
     for scale in (0.3, 1.0, 4.0):
@@ -104,11 +104,11 @@ def test_diversity():
 
 
 def test_nearly_the_same_function():
-    alike = scores.softmax(LOGITS[:1] + 0.01 * RNG.normal(size=(4, 200, 3)))
+    alike = scores.softmax(LOGITS[:1] + 0.01 * np.random.default_rng(1).normal(size=(4, 200, 3)))
     assert JUDGE.are_alike(alike)
     assert not JUDGE.are_alike(P)
     judge = scores.Numbers(VALUES)
-    assert judge.are_alike(NUMBERS[:1] + 0.01 * RNG.normal(size=(4, 50, 2)))
+    assert judge.are_alike(NUMBERS[:1] + 0.01 * np.random.default_rng(1).normal(size=(4, 50, 2)))
     assert not judge.are_alike(NUMBERS)
     perfect = np.eye(3)[LABELS][None].repeat(3, 0)
     assert not JUDGE.are_alike(perfect)  # who is never wrong need not differ
