@@ -21,12 +21,21 @@ keras.config.set_floatx(FLOATX)
 BACKEND = keras.backend.backend()
 if BACKEND == "tensorflow":  # two devices for tests/test_distribution.py
     import tensorflow as tf
+    from tensorflow.python.data.ops import dataset_ops
     from tensorflow.python.ops import gen_resource_variable_ops
 
     two = [tf.config.LogicalDeviceConfiguration()] * 2
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], two)
     make_handle = gen_resource_variable_ops.var_handle_op  # makes a kernel for each name: 0.4 ms
     gen_resource_variable_ops.var_handle_op = lambda *a, **k: make_handle(*a, **{**k, "debug_name": ""})
+
+    def untuned(dataset):
+        """Half the time that an iterator takes to make goes into tuning: 15 ms, and every `fit` makes one."""
+        options = tf.data.Options()
+        options.autotune.enabled = options.experimental_optimization.apply_default_optimizations = False
+        return dataset.with_options(options)
+
+    dataset_ops.DatasetV2._apply_debug_options = untuned
 
 hypothesis.settings.register_profile("kopt", max_examples=30, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("kopt")
