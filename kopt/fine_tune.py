@@ -97,8 +97,7 @@ def fine_tune(
         checks.refuse("ramp_epochs", "None without `head_epochs`: the ramp leads out of the rest", ramp_epochs)
     if "initial_epoch" in fit_arguments:
         checks.refuse("initial_epoch", "left out: to go on, `fit` with StagedUnfreeze", fit_arguments["initial_epoch"])
-    if not isinstance(reinit, bool) and reinit != "zeros":
-        checks.refuse("reinit", "True, False or 'zeros'", reinit)
+    reinit = checks.either("zeros", checks.boolean)("reinit", reinit)
     trained = bases
     if levels is not None:
         found = levels_of(bases)

@@ -261,7 +261,7 @@ def test_what_is_refused():
         ({"body_multiplier": -1}, "`body_multiplier` must be a finite number of 0 or more"),
         ({"levels": 3}, "`levels` must be 2 at most, as many as the base has"),
         ({"head_epochs": 0, "ramp_epochs": 1}, "`ramp_epochs` must be None without `head_epochs`"),
-        ({"reinit": 1}, "`reinit` must be True, False or 'zeros'"),
+        ({"reinit": 1}, "`reinit` must be 'zeros' or True or False"),
         ({"initial_epoch": 2}, "`initial_epoch` must be left out"),
         ({"engine": "none"}, "`engine` must be one of"),
     ):

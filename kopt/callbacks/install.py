@@ -25,8 +25,7 @@ class Installation:
 
     @classmethod
     def of(cls, model) -> "Installation":
-        found = vars(model).get("make_train_function")
-        return found if isinstance(found, cls) else cls(model)
+        return _in(model) or cls(model)
 
     def __call__(self, force=False):
         for part, history in self.announced:
@@ -149,13 +148,17 @@ class Installation:
 
 def clear_left(model) -> None:
     """Take out of a model what a `fit` that raised has left in it."""
-    found = vars(model).get("make_train_function")
-    if isinstance(found, Installation):
+    if found := _in(model):
         found.clear_left()
 
 
 def settle(model) -> None:
     """Install what waits for the model's weights. For who makes them in a `fit` before TensorFlow does, at step one."""
-    found = vars(model).get("make_train_function")
-    if isinstance(found, Installation):
+    if found := _in(model):
         found.settle()
+
+
+def _in(model):
+    """The installation in a model, or None."""
+    found = vars(model).get("make_train_function")
+    return found if isinstance(found, Installation) else None
