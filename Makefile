@@ -15,7 +15,7 @@ OUT ?= out/quickstart
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .PHONY: help demo test test-all test-tensorflow test-jax test-torch test-slow test-lowest test-plain soak compare-resume lint format bench
-.PHONY: averages snapshots second-order learning-rates momentum batch-sizes regularizers transfer transfer-images
+.PHONY: averages snapshots second-order learning-rates rates gallery momentum batch-sizes regularizers transfer transfer-images
 .PHONY: bench-search bench-step bench-minimize bench-conditions bench-backup bench-schedules bench-averages bench-ensembles bench-fine-tuning clean
 .DEFAULT_GOAL := help
 
@@ -79,6 +79,13 @@ second-order: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## A phys
 
 learning-rates: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Search a learning rate from coarse to fine; a report and a picture, in out/lr_search
 	$(BIN)/python recipes/lr_search.py $(if $(SMOKE),--smoke,--check) --out out/lr_search
+
+rates: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Loss curves at rates too low, good and too high; 5 seeds, a picture, in out/rates
+	$(BIN)/python recipes/rates.py $(if $(SMOKE),--smoke,--check) --out out/rates
+
+gallery: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## The README's pictures of optimizers, rates and loss surfaces, into recipes/pictures
+	$(BIN)/python recipes/landscapes.py $(if $(SMOKE),--smoke,--check) --out out/gallery
+	$(if $(SMOKE),,cp out/gallery/*.gif out/gallery/*.png recipes/pictures)
 
 momentum: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Momentum annealed from 0.5 to 0.99 beside momenta that stay; 16 seeds, a picture, in out/momentum
 	$(BIN)/python recipes/momentum_anneal.py $(if $(SMOKE),--smoke,--check) --out out/momentum

@@ -2,6 +2,7 @@
 
 from kopt import callbacks as callbacks
 from kopt import data as data
+from kopt import landscape as landscape
 from kopt import layers as layers
 from kopt import plot as plot
 from kopt import schedules as schedules

@@ -175,6 +175,39 @@ def compiled_loop(goes_on, body):
     return run
 
 
+def repeated(step, variables, times):
+    """A function that calls `step()` so many times, in one compiled loop, and returns what each returned, stacked.
+
+    `step` reads and assigns to none but `variables`, and returns a tensor of their dtype. torch compiles nothing.
+    """
+    if BACKEND == "torch":
+        return lambda: torch.stack([step() for _ in range(times)])
+    if BACKEND == "tensorflow":
+
+        def loop():
+            found = tf.TensorArray(variables[0].dtype, times)
+            return tf.while_loop(
+                lambda i, found: i < times, lambda i, found: (i + 1, found.write(i, step())), [0, found]
+            )[1].stack()
+
+        return tf.function(functools.partial(loop), autograph=False)
+
+    def turn(values, _):
+        with keras.StatelessScope(list(zip(variables, values, strict=True))) as scope:
+            found = step()
+        return [scope.get_current_value(variable) for variable in variables], found
+
+    scanned = jax.jit(lambda values: jax.lax.scan(turn, values, length=times))
+
+    def run():
+        values, found = scanned([variable.value for variable in variables])
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+        return found
+
+    return run
+
+
 def both(one, other):
     """Whether both hold, of truth values and tensors, as `when` takes it."""
     if is_symbolic(one) or is_symbolic(other):

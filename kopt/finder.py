@@ -48,7 +48,7 @@ def find_learning_rate(
         **fit_arguments: Others of `fit`: `batch_size`, `sample_weight`, `class_weight`, `shuffle`, `steps_per_epoch`.
 
     Returns:
-        A `kopt.RangeTest`; its `suggestion` is None if the loss has not fallen. `kopt.plot.range_test` draws it.
+        A `kopt.RangeTest`; its `suggestion` is None if the loss has not fallen. `kopt.plot.rate_range` draws it.
 
     Example:
         >>> import keras, kopt, numpy as np

@@ -24,7 +24,7 @@ class RangeTest:
     Losses and rates are smoothed with the same weights, an exponentially weighted average with bias correction, so that
     the smoothed curve lags behind in neither: a point of it is the mean loss at the mean (logarithm of the) rate of the
     same steps. All suggestions are read from it, up to its minimum. They are None where the loss has not fallen by more
-    than its noise. `kopt.plot.range_test(record)` draws it.
+    than its noise. `kopt.plot.rate_range(record)` draws it.
 
     Args:
         learning_rates: The rate of each update.

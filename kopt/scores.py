@@ -91,6 +91,11 @@ class Classes:
             "gap": float(gap),
         }
 
+    def differences(self, members) -> list[list[float]]:
+        """How far any two members differ: the share of rows on which they name different classes."""
+        named = self.counted(members).argmax(-1)
+        return [[float((one != other).mean()) for other in named] for one in named]
+
     def are_alike(self, members) -> bool:
         """Whether the members are nearly the same function: they differ on far fewer rows than they are wrong about."""
         wrong = 1 - np.mean([self.points(p).mean() for p in members])
@@ -156,6 +161,11 @@ class Numbers:
             "correlation": mean_correlation(errors),
             "gap": float(np.square(errors).mean() - np.square(errors.mean(0)).mean()),
         }
+
+    def differences(self, members) -> list[list[float]]:
+        """How far any two members differ: the root mean square of the difference."""
+        members = members.astype("float64")
+        return [[float(np.sqrt(np.square(one - other).mean())) for other in members] for one in members]
 
     def are_alike(self, members) -> bool:
         """Whether the members are nearly the same function: they differ far less than they are wrong."""

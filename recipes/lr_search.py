@@ -30,7 +30,6 @@ from sklearn.model_selection import train_test_split
 import kopt
 import kopt.tuner
 
-COLORS = {"a hundredth": "#999999", "the answer": "#009E73", "10 times": "#E69F00", "50 times": "#D55E00"}
 TIMES = {"a hundredth": 0.01, "the answer": 1.0, "10 times": 10.0, "50 times": 50.0}
 NEXT = """
 Next: put your own model into `build` and your own data into `search`. Stop it whenever you like: started again with the
@@ -69,25 +68,19 @@ def curves(data, rate, epochs):
 
 def draw(record, result, losses, file):
     try:
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
     except ImportError:
         raise SystemExit("The picture needs matplotlib: pip install 'kopt[recipes]'") from None
-    figure, (first, second, third) = plt.subplots(3, 1, figsize=(9, 10), layout="constrained")
-    kopt.plot.range_test(record, ax=first).set_title("the range test: 100 steps, no trace")
-    kopt.plot.search(result, ax=second).set_title("the search: coarse, fine, confirmed")
+    figure = Figure(figsize=(9, 10), layout="constrained")
+    first, second, third = figure.subplots(3, 1)
+    kopt.plot.rate_range(record, ax=first)
+    kopt.plot.search(result, ax=second)
     second.set_yscale("log")
-    for name, values in losses.items():
-        shown = [math.nan if value is None else value for value in values]
-        label = f"{name}: {TIMES[name] * result.learning_rate:.2g}"
-        third.plot(range(1, len(shown) + 1), shown, color=COLORS[name], label=label)
+    picture = kopt.plot.rates({TIMES[name] * result.learning_rate: loss for name, loss in losses.items()}, ax=third)
+    first.set_title("the range test: 100 steps, no trace")
+    second.set_title("the search: coarse, fine, confirmed")
     third.set_title("what the rate does to the training loss")
-    third.set_yscale("log")
-    third.set_xlabel("epoch")
-    third.set_ylabel("loss")
-    third.grid(alpha=0.3)
-    third.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    picture.save(file)
 
 
 def parsed(args):

@@ -592,6 +592,15 @@ CYCLE = {"cycle_epochs": "epochs?", "cycle_steps": "count 1?"}
 EVERY = {"every_epochs": "count 1?", "every_steps": "count 1?"}
 UNIT = {"per": "epoch|step", "unit_steps": "count 1?"}
 INITIAL, NAME = {"initial": "nonnegative?"}, {"name": "text?"}
+ON_SURFACE = {
+    "optimizers": "names or optimizers",
+    "surface": "a name or a function",
+    "steps": "count 1?",
+    "start": "two numbers?",
+    "view": "two pairs?",
+    "tune": "count 3?",
+}
+PICTURE = {"ax": "made by matplotlib", "save": "made by others", "show": "boolean"}
 SCHEDULE_KINDS = {  # of the schedule and the callback of a name; the one also takes `initial`, the other `name`
     "StepDecay": {"factor": "share"} | EVERY,
     "ExponentialDecay": {"rate": "nonnegative?", "base": "share?"} | UNIT,
@@ -695,13 +704,27 @@ KINDS = {
         "name": "text?",
     },
     kc.RateMonitor: {"hyperparameters": "names", "capacity": "count 1?", "name": "text?"},
+    kc.UpdateRatio: {"groups": "keys?", "name": "text?"},
     kopt.plot.schedule: {
         "shown": "made by others",
         "steps": "count 1?",
         "steps_per_epoch": "count 1?",
         "base": "finite",
-        "ax": "made by matplotlib",
+        "model": "a built model?",
+    }
+    | PICTURE,
+    kopt.landscape.trajectories: ON_SURFACE,
+    kopt.plot.trajectories: ON_SURFACE | {"title": "sentence?"} | PICTURE,
+    kopt.landscape.Surface: {
+        "function": "a function",
+        "start": "two numbers",
+        "view": "two pairs?",
+        "name": "sentence",
+        "minima": "points",
+        "lowest": "a number?",
+        "steps": "count 1",
     },
+    kopt.landscape.Trajectories: {field.name: "made by trajectories" for field in fields(kopt.landscape.Trajectories)},
     kopt.data.seekable: {"source": "data", "num_batches": "count 1?", "shuffle": "boolean", "seed": "count 0"},
     kopt.load_optimizer: {"model": "a compiled model", "path": "a file of it"},
     kopt.update_bn: {"model": "a built model", "data": "batches", "batch_size": "count 1"},
@@ -816,8 +839,13 @@ KINDS |= {
         "stopped": "end|diverged|data",
         "beta": "fraction",
     },
-    kopt.plot.range_test: {"record": "made by others", "ax": "made by matplotlib"},
-    kopt.plot.search: {"result": "made by others", "ax": "made by matplotlib"},
+    kopt.plot.rate_range: {"record": "made by others"} | PICTURE,
+    kopt.plot.rates: {"curves": "made by others", "metric": "sentence"} | PICTURE,
+    kopt.plot.search: {"result": "made by others"} | PICTURE,
+    kopt.plot.history: {"runs": "made by others", "metrics": "made by others"} | PICTURE,
+    kopt.plot.average: {"history": "made by others", "metric": "sentence"} | PICTURE,
+    kopt.plot.groups: {"history": "made by others"} | PICTURE,
+    kopt.plot.snapshots: {"snap": "made by others", "output": "made by others"} | PICTURE,
     kopt.tuner.learning_rate: {
         "hp": "made by KerasTuner",
         "rule": "|".join(RULES),
@@ -852,6 +880,25 @@ KINDS |= {
     },
     kopt.tuner.SearchResult: {field.name: "made by a search" for field in fields(kopt.tuner.SearchResult)},
 }
+SLICED = {
+    "points": "weights?",
+    "n": "count 2",
+    "directions": "filter|layer",
+    "update_bn": "boolean, or batches",
+    "batch_size": "count 1",
+    "sample_weight": "arrays?",
+    "seed": "count 0",
+    "verbose": "count 0",
+}
+OF_MODEL = {"model": "a compiled model", "x": "data", "y": "arrays?"}
+KINDS |= {
+    kopt.landscape.slice_1d: OF_MODEL | SLICED | {"positions": "numbers?"},
+    kopt.landscape.plane: OF_MODEL | SLICED | {"margin": "nonnegative", "span": "positive"},
+    kopt.landscape.Slice: {field.name: "made by a slice" for field in fields(kopt.landscape.Slice)},
+    kopt.landscape.Plane: {field.name: "made by a plane" for field in fields(kopt.landscape.Plane)},
+    kopt.plot.slice_1d: OF_MODEL | {"metrics": "names?", "how": "those of `kopt.landscape.slice_1d`"} | PICTURE,
+    kopt.plot.plane: OF_MODEL | {"metrics": "names?", "how": "those of `kopt.landscape.plane`"} | PICTURE,
+}
 DRAWN = {"seed": "count 0?"}
 FORMAT = {"data_format": "channels_last|channels_first?"}
 KINDS |= {
@@ -885,20 +932,35 @@ TRIED_ELSEWHERE = {  # the step makes `At`; others have a test file of their own
     kopt.fine_tune,
     kopt.reinit_head,
     kl.drop_path_rates,  # which makes as long a list as one asks for
+    kopt.landscape.Plane,
+    kopt.landscape.Slice,
+    kopt.landscape.plane,
+    kopt.landscape.slice_1d,
     kopt.layer_decay,
     kopt.load_optimizer,
     kopt.mc_predict,
     kopt.minimize,
     kopt.minimize_fn,
-    kopt.plot.range_test,
+    kopt.plot.average,
+    kopt.plot.groups,
+    kopt.plot.history,
+    kopt.plot.plane,
+    kopt.plot.rate_range,
+    kopt.plot.rates,
+    kopt.landscape.Surface,
+    kopt.landscape.Trajectories,
+    kopt.landscape.trajectories,
     kopt.plot.schedule,
     kopt.plot.search,
+    kopt.plot.trajectories,
+    kopt.plot.slice_1d,
+    kopt.plot.snapshots,
     kopt.update_bn,
     *(value for name, value in vars(kopt.tuner).items() if callable(value)),
 }
 PUBLIC = {
     f"{module.__name__}.{name}": value
-    for module in (kopt, kopt.callbacks, kopt.data, kopt.layers, kopt.plot, kopt.schedules, kopt.tuner)
+    for module in (kopt, kopt.callbacks, kopt.data, kopt.landscape, kopt.layers, kopt.plot, kopt.schedules, kopt.tuner)
     for name, value in vars(module).items()
     if callable(value) and not name.startswith("_") and value.__module__.startswith("kopt")
 }

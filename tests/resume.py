@@ -283,6 +283,7 @@ SCENARIOS = EIGHT | {
     "seek": Scenario(data=lambda: (kopt.data.seekable(Batches(1, workers=2), shuffle=True), None), steps=3),
     "seek_function": Scenario(data=lambda: (kopt.data.seekable(Batches), None), steps=3),
     "seek_dataset": Scenario(data=lambda: (kopt.data.seekable(dataset), None), steps=3),
+    "ratios": Scenario(ADAM, {"gradient_accumulation_steps": 3}, callbacks=(kopt.callbacks.UpdateRatio,), steps=3),
 }
 if BACKEND == "torch":
     del SCENARIOS["execution"]  # Keras has one step an execution there

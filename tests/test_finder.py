@@ -463,19 +463,34 @@ def test_a_record_is_data(end):
 
 
 def test_the_picture_is_of_the_record():
-    plt = pytest.importorskip("matplotlib", reason="pictures come with the extra `plot`").pyplot
+    pytest.importorskip("matplotlib", reason="pictures come with the extra `plot`")
     record = record_of(FALL, beta=0.3, stopped="diverged")
-    ax = kopt.plot.range_test(record)
+    picture = kopt.plot.rate_range(record)
+    (ax,) = picture.axes
     points, curve, *marks = ax.lines
     np.testing.assert_array_equal(points.get_xydata(), np.stack([record.learning_rates, record.losses], 1))
     np.testing.assert_array_equal(
         curve.get_xydata(), np.stack([record.smoothed_learning_rates, record.smoothed_losses], 1)
     )
     assert [mark.get_xdata()[0] for mark in marks] == list(record.suggestions.values())
-    assert ax.patches[0].get_x() == record.diverged_at
+    assert [text.get_text() for text in ax.get_legend().get_texts()][2:5] == [
+        f"{name}: {rate:.2g}" for name, rate in record.suggestions.items()
+    ]
+    np.testing.assert_array_equal(picture.data["suggestions"], list(record.suggestions.values()))
     for losses in ([1.0, np.nan], [np.nan], []):
-        ax = kopt.plot.range_test(kopt.RangeTest(RATES[: len(losses)], losses, 1.0, "diverged"))
+        (ax,) = kopt.plot.rate_range(kopt.RangeTest(RATES[: len(losses)], losses, 1.0, "diverged")).axes
         assert len(ax.lines) == 2
     with pytest.raises(ValueError, match="`record` must be "):
-        kopt.plot.range_test([1.0])
-    plt.close("all")
+        kopt.plot.rate_range([1.0])
+
+
+@pytest.mark.parametrize(("after", "begin"), [([0.5, 9.0, 9.0], 4), ([0.5, np.nan], 4), ([9.0, 0.5], 4), ([], 2)])
+def test_what_is_above_its_start_is_shaded(after, begin):
+    """From the rate after the last loss that was not above the first; the last of all if none is left."""
+    pytest.importorskip("matplotlib", reason="pictures come with the extra `plot`")
+    record = record_of([1.0, 1.0, 0.7, *after], initial=1.0, stopped="diverged")
+    picture = kopt.plot.rate_range(record)
+    (shade,) = picture.axes[0].patches
+    assert shade.get_x() == picture.data["diverges"][0] == record.learning_rates[begin]
+    assert shade.get_x() + shade.get_width() > record.learning_rates[-1]
+    assert not kopt.plot.rate_range(record_of([1.0, 1.0, 0.7, 2.0])).axes[0].patches

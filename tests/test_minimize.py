@@ -9,8 +9,8 @@ from keras import layers, ops
 
 import kopt
 from kopt.objective import objective_of
+from kopt.optimizers.named import SOLVERS
 from kopt.optimizers.quasi_newton import search
-from kopt.solve.functions import QUASI_NEWTON
 from kopt.solve.models import METHODS
 from kopt.solve.newton import factored, steihaug
 from kopt.solve.squares import LevenbergMarquardt, Residuals, jacobian_of
@@ -494,7 +494,7 @@ def test_a_function_that_cannot_be_compiled_is_told_why():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("method", QUASI_NEWTON)
+@pytest.mark.parametrize("method", SOLVERS)
 def test_what_underflows_is_no_error(method, dtype):
     found = kopt.minimize_fn(lambda x: (np.sum(x**4), 4 * x**3), np.array([1, 2, 3], dtype), method, gtol=0, ftol=0)
     assert found.fun < 1e-12

@@ -197,6 +197,71 @@ def test_lr_search_refuses_before_it_trains(wrong, capsys):
     assert wrong[0] in capsys.readouterr().err
 
 
+def test_rates(tmp_path, capsys):
+    result = recipe("rates").main(["--smoke", "--out", str(tmp_path)])
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["rates.png", "result.json"]
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert [(row["rate"], row["judged"]) for row in result["rows"]] == [
+        (0.0003, "too low"), (0.1, "good"), (10.0, "too high")]  # fmt: skip
+    assert "judged" in capsys.readouterr().out
+
+
+def test_rates_say_what_does_not_hold():
+    module = recipe("rates")
+    right = {0.0003: [2.3, 2.2], 0.003: [2.2, 1.0], 0.1: [1.1, 0.02], 0.4: [1.0, 0.3], 10.0: [9.0, np.nan]}
+    assert module.lost({rate: [losses] for rate, losses in right.items()}) == []
+    for rate, wrong in ((0.0003, [2.2, 2.3]), (0.4, [1.2, 0.3]), (0.4, [1.0, 0.01]), (10.0, [9.0, 2.0])):
+        assert len(module.lost({one: [losses] for one, losses in (right | {rate: wrong}).items()})) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="fifteen trainings; they are the same on all backends")
+def test_rates_claim():
+    """On other seeds than the docstring's."""
+    recipe("rates").main(["--check", "--first-seed", "200", "--seeds", "3", "--quiet"])
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--seeds", "0"], ["--first-seed", "-1"], ["--check", "--smoke"], ["--out", __file__]]
+)
+def test_rates_refuse_before_they_train(wrong, capsys):
+    with pytest.raises(SystemExit):
+        recipe("rates").main(wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
+def test_landscapes(tmp_path, capsys):
+    result = recipe("landscapes").main(["--smoke", "--quiet", "--out", str(tmp_path)])
+    pictures = ["beale.gif", "beale.html", "long_valley.png", "planes.png"]
+    pictures += ["result.json", "saddle.gif", "schedule.png", "slices.png"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == pictures
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert list(result["left"])[:2] == ["SGD", "momentum"]
+    assert [len(heights) for heights in result["barriers"][0].values()] == [1, 1, 2]
+    assert "the highest barrier" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="three trainings a seed; they are the same on all backends")
+def test_landscapes_claim():
+    """On a seed that the README has not."""
+    recipe("landscapes").main(["--check", "--quiet", "--first-seed", "200", "--seeds", "1"])
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--seeds", "0"], ["--first-seed", "-1"], ["--check", "--smoke"], ["--out", __file__]]
+)
+def test_landscapes_refuses_before_it_begins(wrong, capsys):
+    with pytest.raises(SystemExit):
+        recipe("landscapes").main(wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
+def test_pictures_are_small_enough_for_a_page():
+    for file in (RECIPES / "pictures").iterdir():
+        assert file.stat().st_size < 300_000, file.name
+
+
 def test_momentum_anneal(tmp_path, capsys):
     result = recipe("momentum_anneal").main(["--smoke", "--out", str(tmp_path)])
     assert sorted(f.name for f in tmp_path.iterdir()) == ["momentum_anneal.png", "result.json"]

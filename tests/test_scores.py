@@ -103,6 +103,20 @@ def test_diversity():
     assert math.isclose(gap, NUMBERS.var(0).mean())  # the ambiguity decomposition (Krogh and Vedelsby, 1995)
 
 
+def test_how_any_two_differ():
+    """Rows that do not count count for nothing."""
+    named, some = P.argmax(-1), np.arange(200) % 3 > 0
+    judge = scores.Classes(np.where(some, LABELS, -1), 3)
+    np.testing.assert_array_equal(
+        judge.differences(P), [[(named[i] != named[j])[some].mean() for j in range(4)] for i in range(4)]
+    )
+    found = np.array(scores.Numbers(VALUES).differences(NUMBERS))
+    for i, j in itertools.product(range(4), repeat=2):
+        assert math.isclose(found[i, j], metrics.mean_squared_error(NUMBERS[i], NUMBERS[j]) ** 0.5)
+    mean = np.mean([found[i, j] ** 2 for i, j in itertools.product(range(4), repeat=2)])
+    assert math.isclose(mean, 2 * NUMBERS.var(0).mean())
+
+
 def test_nearly_the_same_function():
     alike = scores.softmax(LOGITS[:1] + 0.01 * np.random.default_rng(1).normal(size=(4, 200, 3)))
     assert JUDGE.are_alike(alike)

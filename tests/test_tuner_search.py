@@ -143,10 +143,16 @@ def test_report_table_and_csv(done, tmp_path):
 
 
 def test_plot(done):
-    axes = kopt.plot.search(done.result)
-    labels = [line.get_label() for line in axes.lines]
+    picture = kopt.plot.search(done.result)
+    labels = [line.get_label() for line in picture.axes[0].lines]
     assert f"answer: {done.best_learning_rate:.2g}" in labels
     assert "diverged" in labels
+    assert picture.data["answer"] == done.best_learning_rate
+    rows = [row for row in done.result.trials if row["kind"] == "stage 1" and not row["diverged"]]
+    drawn = sorted((row["learning_rate"], row["score"]) for row in rows)
+    np.testing.assert_array_equal(picture.data["stage 1"], drawn)
+    np.testing.assert_array_equal(picture.axes[0].lines[0].get_xydata(), drawn)
+    assert picture.data["diverged"].tolist() == [row["learning_rate"] for row in done.result.trials if row["diverged"]]
 
 
 def test_models_and_hyperparameters(done):
@@ -238,7 +244,7 @@ def test_batch_sizes(tmp_path, capsys):
     assert search.best_batch_size == 16
     assert "batch" in search.result.table().splitlines()[0]
     assert "batch size 16" in search.result.verdict()[0]
-    stage = kopt.plot.search(search.result).lines[0]
+    stage = kopt.plot.search(search.result).axes[0].lines[0]
     assert len(stage.get_xdata()) == 2  # of this size alone
 
 
@@ -293,7 +299,7 @@ def test_all_diverge(tmp_path):
     assert all(row["diverged"] for row in search.result.trials)
     assert search.cliff == min(row["learning_rate"] for row in search.result.trials)
     assert "No learning rate was found." in search.report()
-    assert len(kopt.plot.search(search.result).lines) == 1
+    assert len(kopt.plot.search(search.result).axes[0].lines) == 1
     with pytest.raises(RuntimeError, match="There is no best model. Every learning rate of stage 1 has diverged"):
         search.build_best()
 

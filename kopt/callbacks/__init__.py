@@ -17,6 +17,7 @@ from kopt.callbacks.finder import LearningRateFinder as LearningRateFinder
 from kopt.callbacks.line_search import LineSearchMonitor as LineSearchMonitor
 from kopt.callbacks.monitor import RateMonitor as RateMonitor
 from kopt.callbacks.polyak import PolyakAveraging as PolyakAveraging
+from kopt.callbacks.ratios import UpdateRatio as UpdateRatio
 from kopt.callbacks.schedule import Schedule as Schedule
 from kopt.callbacks.snapshots import SnapshotEnsemble as SnapshotEnsemble
 from kopt.callbacks.unfreeze import StagedUnfreeze as StagedUnfreeze

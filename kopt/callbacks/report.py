@@ -86,9 +86,15 @@ class Report:
 
 
 def result(judge, members) -> dict:
-    """What there is to say of the members of an ensemble, and of all together, of one output."""
+    """What there is to say of the members of an ensemble, and of all together, of one output.
+
+    `members` are the scores of each, `ensemble` those of all together, and `so_far` those of the first one, the first
+    two, and so on, for classes with the `interval` of the accuracy. `differences` are those of any two members.
+    """
     of_each, together = [judge.scores(one) for one in members], members.mean(0)
-    found = {"members": of_each, "ensemble": judge.scores(together), "rows": len(judge)}
+    so_far = [_score_so_far(judge, members[: i + 1].mean(0)) for i in range(len(members))]
+    found = {"members": of_each, "ensemble": judge.scores(together), "rows": len(judge), "so_far": so_far}
+    found["differences"] = judge.differences(members)
     if isinstance(judge, scores.Classes):
         temperature = judge.temperature(together)
         found |= {
@@ -111,6 +117,11 @@ def result(judge, members) -> dict:
             "worse": over_last["gain"] < 0 and judge.loss(together) > judge.loss(members[-1]),
         }
     return found
+
+
+def _score_so_far(judge, together) -> dict:
+    bounds = {"interval": judge.interval(together)} if isinstance(judge, scores.Classes) else {}
+    return judge.scores(together) | bounds
 
 
 def line(found) -> str:

@@ -47,7 +47,9 @@ class SnapshotEnsemble(Driving):
 
     Attributes:
         snapshots_: What there is: a dict for each with `cycle`, `epoch` (how many were done) and `learning_rate`.
-        results_: What the validation data say of members and ensemble, a dict for each output.
+        results_: What the validation data say, a dict for each output: the scores of the `members`, of the `ensemble`
+            and of the first ones together (`so_far`), the `differences` between any two members, and more.
+            `kopt.plot.snapshots` draws them.
 
     Args:
         cycles: How many; as many snapshots.

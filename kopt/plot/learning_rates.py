@@ -3,49 +3,66 @@
 import numpy as np
 
 from kopt import checks
-from kopt.plot.axes import axes
+from kopt.plot.picture import BAD, GOOD, INK, QUIET, Picture, finished, panels, saves, tidy
 from kopt.range_test import RangeTest
 
 MARKS = {"valley": "#0072B2", "steepest": "#009E73", "minimum/10": "#E69F00"}
 STAGES = ["#56B4E9", "#0072B2", "#004466", "#000000"]
 
 
-def range_test(record, *, ax=None):
-    """Draw a range test: each loss, the smoothed ones, and the rates that are suggested.
+def rate_range(record, *, ax=None, save=None, show: bool = False) -> Picture:
+    """Draw a range test: the loss at each rate, smoothed too, the rates that are suggested, and where it diverges.
 
     Args:
         record: What `kopt.find_learning_rate` returns.
         ax: The axes of matplotlib to draw in; None makes a new figure.
+        save: A path, or a list of them, to write the picture to.
+        show: Whether to open a window.
 
     Returns:
-        The axes.
+        A `Picture`.
 
     Example:
         >>> import numpy as np, kopt
         >>> rates = np.geomspace(1e-4, 10, 60)
-        >>> ax = kopt.plot.range_test(kopt.RangeTest(rates, 1 / (1 + 100 * rates) + rates**2, initial_loss=1.0))
-        >>> ax.get_xscale()
+        >>> record = kopt.RangeTest(rates, 1 / (1 + 100 * rates) + rates**2, initial_loss=1.0)
+        >>> picture = kopt.plot.rate_range(record)
+        >>> picture.axes[0].get_xscale()
         'log'
     """
+    files = saves(save)
     if not isinstance(record, RangeTest):
         checks.refuse("record", "a kopt.RangeTest, as kopt.find_learning_rate returns it", record)
-    ax = axes(ax)
-    ax.plot(record.learning_rates, record.losses, ".", color="#BBBBBB", markersize=4, label="loss of a batch")
-    ax.plot(record.smoothed_learning_rates, record.smoothed_losses, color="#000000", label="smoothed")
+    (ax,) = panels(ax, size=(8, 3.5), show=show)
+    data = {name: getattr(record, name) for name in ("learning_rates", "losses")}
+    data |= {name: getattr(record, name) for name in ("smoothed_learning_rates", "smoothed_losses")}
+    data["suggestions"] = np.array([*record.suggestions.values()], "float64")
+    ax.plot(record.learning_rates, record.losses, ".", color=QUIET, markersize=4, label="loss of a batch")
+    ax.plot(record.smoothed_learning_rates, record.smoothed_losses, color=INK, label="smoothed")
     for name, rate in record.suggestions.items():
         if rate is not None:
             ax.axvline(rate, color=MARKS[name], linestyle="--", label=f"{name}: {rate:.2g}")
     if record.diverged_at is not None:
-        ax.axvspan(record.diverged_at, record.diverged_at * 1.5, color="#D55E00", alpha=0.3, label="exploded")
+        data["diverges"] = _diverges(record)
+        label = f"above its start,\nexploded at {record.diverged_at:.2g}"
+        ax.axvspan(*data["diverges"], color=BAD, alpha=0.2, linewidth=0, label=label)
     if record.finite:
-        low, high = record.smoothed_losses.min(), max(record.start, np.median(record.smoothed_losses))
-        ax.set_ylim(low - 0.15 * (high - low), high + 0.6 * (high - low) + 1e-12)
+        low = min(record.smoothed_losses.min(), record.losses[: record.finite].min())
+        high = max(record.start, np.median(record.smoothed_losses))
+        ax.set_ylim(low - 0.08 * (high - low), high + 0.6 * (high - low) + 1e-12)
     ax.set_xscale("log")
-    _finish(ax, "loss")
-    return ax
+    tidy(ax, "learning rate", "loss", "beside")
+    return finished([ax], data, files, show)
 
 
-def search(result, *, ax=None):
+def _diverges(record) -> np.ndarray:
+    """From where on every loss is above what it was at first, to beyond the last rate."""
+    below = np.flatnonzero(record.losses <= record.start)
+    place = below[-1] + 1 if len(below) else 0
+    return np.array([record.learning_rates[min(place, len(record.losses) - 1)], 1.2 * record.diverged_at])
+
+
+def search(result, *, ax=None, save=None, show: bool = False) -> Picture:
     """Draw a search for a learning rate: the trials of each stage, what diverged, and the answer.
 
     Where several batch sizes were tried, the trials are those of the one that was chosen.
@@ -53,9 +70,11 @@ def search(result, *, ax=None):
     Args:
         result: The `result` of a `kopt.tuner.LearningRateSearch`.
         ax: The axes of matplotlib to draw in; None makes a new figure.
+        save: A path, or a list of them, to write the picture to.
+        show: Whether to open a window.
 
     Returns:
-        The axes.
+        A `Picture`.
 
     Example:
         >>> import kopt, kopt.tuner
@@ -63,41 +82,38 @@ def search(result, *, ax=None):
         ...          "epochs": 1, "batch_size": None, "seed": 0, "status": "COMPLETED"} for i in range(5)]
         >>> result = kopt.tuner.SearchResult(
         ...     "val_loss", "min", 0.01, None, (0.01, 0.01), 0.1, 1.0, 0.0, 0.0, rows, [], [])
-        >>> [line.get_label() for line in kopt.plot.search(result).lines]
+        >>> [line.get_label() for line in kopt.plot.search(result).axes[0].lines]
         ['stage 1: 1 epoch', 'diverged', 'answer: 0.01']
     """
+    files = saves(save)
     if not hasattr(result, "trials") or not hasattr(result, "cliff"):
         checks.refuse("result", "the `result` of a kopt.tuner.LearningRateSearch", result)
     rows = [row for row in result.trials if row["kind"] != "range test" and row["status"] == "COMPLETED"]
     if result.learning_rate is not None:
         rows = [row for row in rows if row["batch_size"] == result.batch_size]
-    ax = axes(ax)
+    (ax,) = panels(ax, size=(8, 3.5), show=show)
     good = [row for row in rows if row["score"] is not None and not row["diverged"]]
-    kinds = list(dict.fromkeys(row["kind"] for row in good))
-    for place, kind in enumerate(kinds):
+    data = {}
+    for place, kind in enumerate(dict.fromkeys(row["kind"] for row in good)):
         shown = sorted((row["learning_rate"], row["score"]) for row in good if row["kind"] == kind)
         epochs = next(row["epochs"] for row in good if row["kind"] == kind)
         style = "-" if kind.startswith("stage") else ""
         label = f"{kind}: {epochs} epoch{'s' * (epochs != 1)}"
         ax.plot(*zip(*shown, strict=True), style + "o", color=STAGES[place % 4], markersize=5, label=label)
-    bad = [row["learning_rate"] for row in rows if row["diverged"]]
+        data[kind] = shown
+    data["diverged"] = bad = [row["learning_rate"] for row in rows if row["diverged"]]
     if bad:
         scores = [row["score"] for row in good] or [1.0]
         worst = max(scores) if result.direction == "min" else min(scores)
-        ax.plot(bad, [worst] * len(bad), "x", color="#D55E00", label="diverged")
+        ax.plot(bad, [worst] * len(bad), "x", color=BAD, label="diverged")
     if result.learning_rate is not None:
-        ax.axvline(result.learning_rate, color="#009E73", linestyle="--", label=f"answer: {result.learning_rate:.2g}")
+        data |= {"answer": result.learning_rate, "interval": result.interval}
+        ax.axvline(result.learning_rate, color=GOOD, linestyle="--", label=f"answer: {result.learning_rate:.2g}")
         if result.interval[1] > result.interval[0]:
-            ax.axvspan(*result.interval, color="#009E73", alpha=0.2)
+            ax.axvspan(*result.interval, color=GOOD, alpha=0.2, linewidth=0)
     if result.cliff is not None:
-        ax.axvspan(result.cliff, max([result.cliff, *bad]) * 1.5, color="#D55E00", alpha=0.15)
+        data["cliff"] = result.cliff
+        ax.axvspan(result.cliff, max([result.cliff, *bad]) * 1.5, color=BAD, alpha=0.15, linewidth=0)
     ax.set_xscale("log")
-    _finish(ax, result.objective)
-    return ax
-
-
-def _finish(ax, quantity) -> None:
-    ax.set_xlabel("learning rate")
-    ax.set_ylabel(quantity)
-    ax.grid(alpha=0.3)
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)  # beside, where no curve is
+    tidy(ax, "learning rate", result.objective, "beside")
+    return finished([ax], data, files, show)

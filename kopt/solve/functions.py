@@ -8,9 +8,8 @@ import numpy as np
 from keras import ops
 
 from kopt import backends, checks
+from kopt.optimizers.named import SOLVERS
 from kopt.optimizers.quasi_newton import machine, search
-from kopt.optimizers.quasi_newton.dense import BFGS, SSBFGS, SSBroyden
-from kopt.optimizers.quasi_newton.lbfgs import LBFGS
 from kopt.optimizers.quasi_newton.optimizer import WHY, QuasiNewton
 from kopt.optimizers.quasi_newton.space import space_of
 
@@ -18,7 +17,6 @@ COMPILED = (
     "`minimize_fn` has compiled `value_and_grad`, since `x0` is a tensor: it may call the backend's functions alone. "
     "Give `x0` as a NumPy array, and it is called with arrays that have values."
 )
-QUASI_NEWTON = {"lbfgs": LBFGS, "bfgs": BFGS, "ssbfgs": SSBFGS, "ssbroyden": SSBroyden}
 MESSAGES = WHY | {"running": "`max_evals` evaluations were not enough"}
 
 
@@ -192,7 +190,7 @@ def optimizer_of(method, options) -> QuasiNewton:
         for name, value in options.items():
             checks.refuse(name, "an argument of the optimizer that `method` is", value)
         return method
-    return QUASI_NEWTON[checks.one_of(*QUASI_NEWTON)("method", method)](**options)
+    return SOLVERS[checks.one_of(*SOLVERS)("method", method)](**options)
 
 
 def compiled_chunks(evaluated, dtype):

@@ -9,14 +9,15 @@ from keras import ops
 from kopt import _keras, backends, checks
 from kopt.callbacks.base import Callback
 from kopt.objective import objective_of, rows_of
+from kopt.optimizers.named import SOLVERS
 from kopt.optimizers.quasi_newton import machine, noise, search
 from kopt.optimizers.quasi_newton.optimizer import QuasiNewton
 from kopt.optimizers.quasi_newton.space import space_of
-from kopt.solve.functions import MESSAGES, QUASI_NEWTON, compiled_chunks, optimizer_of
+from kopt.solve.functions import MESSAGES, compiled_chunks, optimizer_of
 from kopt.solve.newton import Newton, TrustRegion
 from kopt.solve.squares import LevenbergMarquardt, Residuals, jacobian_of
 
-METHODS = (*QUASI_NEWTON, "newton", "newton-cg", "lm")
+METHODS = (*SOLVERS, "newton", "newton-cg", "lm")
 MATRIX = 2000  # weights up to which "newton" makes a matrix of them; "lm" of the fewer of weights and residuals
 ENTRIES = 10**8  # that the Jacobian of "lm" may have
 
@@ -182,7 +183,7 @@ class Compiled:
 
 def _run(objective, data, look, method, options):
     """The method, ready to make evaluations."""
-    if isinstance(method, QuasiNewton) or method in QUASI_NEWTON:
+    if isinstance(method, QuasiNewton) or method in SOLVERS:
         return Compiled(objective, data, optimizer_of(method, options))
     rules = search.Rules(**_tolerances(options))
     if method == "newton" and objective.size > MATRIX:

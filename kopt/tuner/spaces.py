@@ -5,21 +5,20 @@ import math
 
 from kopt import checks
 from kopt import schedules as ks
-from kopt.optimizers.adagrad import Adagrad
-from kopt.optimizers.adam import Adam
-from kopt.optimizers.adamw import AdamW
-from kopt.optimizers.rmsprop import RMSprop
-from kopt.optimizers.sgd import SGD
+from kopt.optimizers import named
 from kopt.range_test import RangeTest
 
-RULES = {  # rule -> the optimizer at a rate and with the momentum of the space, its rates, whether it has a momentum
-    "sgd": (lambda rate, momentum: SGD(rate), (1e-4, 10.0), False),
-    "momentum": (lambda rate, momentum: SGD(rate, momentum=momentum), (1e-5, 1.0), True),
-    "nesterov": (lambda rate, momentum: SGD(rate, momentum=momentum, nesterov=True), (1e-5, 1.0), True),
-    "adagrad": (lambda rate, momentum: Adagrad(rate), (1e-4, 1.0), False),
-    "rmsprop": (lambda rate, momentum: RMSprop(rate), (1e-5, 0.1), False),
-    "adam": (lambda rate, momentum: Adam(rate), (1e-5, 0.1), False),
-    "adamw": (lambda rate, momentum: AdamW(rate), (1e-5, 0.1), False),
+RULES = {  # rule -> the optimizer at a rate, and at a momentum if it has one; its rates; whether it has a momentum
+    rule: (named.RULES[rule], rates, rule in ("momentum", "nesterov"))
+    for rule, rates in {
+        "sgd": (1e-4, 10.0),
+        "momentum": (1e-5, 1.0),
+        "nesterov": (1e-5, 1.0),
+        "adagrad": (1e-4, 1.0),
+        "rmsprop": (1e-5, 0.1),
+        "adam": (1e-5, 0.1),
+        "adamw": (1e-5, 0.1),
+    }.items()
 }
 SCHEDULES = {  # schedule -> the learning rate that it makes of its highest, and where that lies
     "constant": lambda rate, peak_at: rate,
@@ -107,7 +106,8 @@ def optimizer(hp, rules=("sgd", "momentum", "adam"), schedules=("constant", "cos
     if "one_cycle" in schedules:
         with _scope(hp, "schedule", ["one_cycle"], schedules):
             peak_at = hp.Choice("peak_at", PEAKS, default=0.3)
-    return RULES[rule][0](SCHEDULES[schedule](rates[rule], peak_at), momenta.get(rule))
+    momentum = {"momentum": momenta[rule]} if rule in momenta else {}
+    return RULES[rule][0](SCHEDULES[schedule](rates[rule], peak_at), **momentum)
 
 
 def _chosen(name, given, known) -> list[str]:

@@ -1,0 +1,159 @@
+"""What every picture has in common: its axes, its colors, and files that are the same whenever they are written."""
+
+import io
+import os
+
+import numpy as np
+
+from kopt import checks
+
+# What is told apart by the color-blind, too (Okabe and Ito), darkest first where it matters on white.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
+GOOD, BAD, QUIET, INK = "#009E73", "#D55E00", "#BBBBBB", "#000000"
+LINES = ["-", "--", ":", "-."]  # when all colors are used
+STILL, MOVING = (".png", ".svg", ".pdf", ".jpg"), (".gif", ".html")
+DPI = 110
+SAME = {  # what would tell the files of two runs apart, by their ending
+    ".png": {"Software": None},
+    ".svg": {"Date": None, "Creator": None},
+    ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    ".jpg": None,
+}
+
+
+class Picture:
+    """A figure of matplotlib, and the arrays that it shows: `figure, data = picture`.
+
+    A notebook shows it. What moves can be saved as `.gif` and as `.html`, a page by itself that plays it, too.
+
+    Attributes:
+        figure: The figure, to change or to save in matplotlib's own ways.
+        axes: Its axes, in the order in which they are read.
+        data: The arrays, by name.
+        record: What was drawn, if drawing began with a computation; to be drawn again.
+    """
+
+    def __init__(self, axes, data: dict, record=None, motion=None):
+        self.axes, self.data, self.record, self._motion = list(axes), data, record, motion
+
+    @property
+    def figure(self):
+        return figure_of(self.axes[0])
+
+    def __iter__(self):
+        return iter((self.figure, self.data))
+
+    def save(self, *files) -> None:
+        """Write it to files; how is said by the ending of each."""
+        for file in _checked("files", files, self._motion is not None):
+            os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
+            ending = os.path.splitext(file)[1].lower()
+            if ending in MOVING:
+                self._motion.save(file, ending)
+            else:
+                _write(self.figure, file, ending)
+
+    def _repr_png_(self):
+        file = io.BytesIO()
+        _write(self.figure, file, ".png")
+        return file.getvalue()
+
+    def _repr_html_(self):
+        return None if self._motion is None else self._motion.frame()
+
+    def __repr__(self):
+        return f"<Picture of {', '.join(map(str, self.data))}>"
+
+
+def figure_of(ax):
+    """The whole figure, not the part of it that axes may be in."""
+    return ax.figure.figure
+
+
+def _write(figure, file, ending) -> None:
+    matplotlib = imported()
+    with matplotlib.rc_context({"svg.hashsalt": "kopt", "svg.fonttype": "none"}):
+        figure.savefig(file, dpi=DPI, format=ending[1:], metadata=SAME[ending])
+
+
+def imported():
+    """matplotlib, or one sentence on how to get it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("Pictures need matplotlib: `pip install kopt[plot]`") from None
+    return matplotlib
+
+
+def saves(save, moves: bool = False) -> list[str]:
+    """The files that `save=` names, if any; refused before anything is computed."""
+    if save is None:
+        return []
+    return _checked("save", save if isinstance(save, (list, tuple)) else [save], moves)
+
+
+def _checked(name, files, moves) -> list[str]:
+    endings = STILL + MOVING * moves
+    allowed = f"a path, or a list of them, that ends in {', '.join(endings[:-1])} or {endings[-1]}"
+    if not moves:
+        allowed += "; only what moves can be a .gif or .html" * any(str(f).lower().endswith(MOVING) for f in files)
+    for file in files:
+        if not isinstance(file, (str, os.PathLike)) or not os.fspath(file).lower().endswith(endings):
+            checks.refuse(name, allowed, file)
+    return [os.fspath(file) for file in files]
+
+
+def panels(ax, rows: int = 1, columns: int = 1, size=(7, 3.5), show: bool = False, **grid) -> list:
+    """The axes to draw in: those that are given, or those of a new figure.
+
+    A figure is no window: pyplot, which keeps one open, is asked only if it shall be shown.
+    """
+    checks.boolean("show", show)
+    if ax is not None:
+        given = [ax] if hasattr(ax, "plot") else list(np.ravel(np.asarray(ax, object)))
+        if len(given) != rows * columns or not all(hasattr(one, "plot") for one in given):
+            what = "axes of matplotlib" if rows * columns == 1 else f"{rows * columns} axes of matplotlib"
+            checks.refuse("ax", what, ax)
+        return given
+    imported()
+    if show:
+        from matplotlib import pyplot
+
+        figure = pyplot.figure(figsize=size, layout="constrained")
+    else:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=size, layout="constrained")
+    return list(np.ravel(figure.subplots(rows, columns, squeeze=False, **grid)))
+
+
+def finished(axes, data, files, show, record=None, motion=None) -> Picture:
+    """The picture, saved where that was asked for, and shown if that was."""
+    picture = Picture(axes, {name: np.asarray(array) for name, array in data.items()}, record, motion)
+    picture.save(*files)
+    if show:
+        from matplotlib import pyplot
+
+        pyplot.show()
+    return picture
+
+
+def styles(count: int) -> list[dict]:
+    """A color and a kind of line for each of so many curves, no two alike up to 32."""
+    return [{"color": COLORS[i % len(COLORS)], "linestyle": LINES[i // len(COLORS) % len(LINES)]} for i in range(count)]
+
+
+def tidy(ax, x: str, y: str, legend: str | None = None) -> None:
+    """What the axes say, a grid, and a legend where no curve is: "beside" or "above"; none where there is no label."""
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.grid(alpha=0.3)
+    ax.spines[["top", "right"]].set_visible(False)
+    if not ax.get_legend_handles_labels()[0]:
+        return
+    if legend == "beside":
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    elif legend == "above":
+        longest = max((len(text) for text in ax.get_legend_handles_labels()[1]), default=0)
+        columns = 4 if longest < 18 else 2 if longest < 40 else 1
+        ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False, ncols=columns, fontsize=9)
