@@ -315,3 +315,10 @@ def test_what_needs_all_weights_is_refused_on_jax():
     for callbacks in ([staged, kopt.callbacks.PolyakAveraging()], [kopt.callbacks.PolyakAveraging(), staged]):
         with pytest.raises(ValueError, match="`callbacks` must be without PolyakAveraging on JAX"):
             fit(model, *callbacks)
+
+
+def test_what_happens_to_be_as_long_as_a_weight_is_no_weight():
+    model, base = made(kopt.Adam())
+    monitor = kopt.callbacks.RateMonitor(capacity=4)  # as many steps as a bias has entries
+    fit(model, kopt.callbacks.StagedUnfreeze({0: {base: 0.0}}, engine="trainable"), monitor, epochs=1)
+    assert len(monitor.history["learning_rate"]) == 4

@@ -86,6 +86,7 @@ class InStep(Callback):
 
     left_behind = (*Callback.left_behind, "_announced", "_training", "_begun")
     order = 0  # those with a higher number come later, wherever they are in the list
+    needs_all = False  # whether it reads every weight in the step, which JAX has not where only some are trained
     _announced = _training = _begun = None  # the `Installation` to come; the one it is in; whether that has begun
 
     def prepare(self, model) -> None:

@@ -38,10 +38,8 @@ def check(callback, optimizer, whole) -> None:
     if not isinstance(optimizer, (*BOTH, *FIRST, *NONE)):
         checks.refuse("optimizer", asked, type(optimizer).__name__)
     if backends.BACKEND == "jax":  # where the step of an optimizer has the weights alone that it trains
-        step = stepping.Step.of(optimizer)
-        shapes = {tuple(variable.shape) for variable in stepping.trained_by(optimizer)} - {()}
-        for part in step.parts:
-            if part is not callback and any(tuple(v.shape) in shapes for v in step.added[id(part)]):
+        for part in stepping.Step.of(optimizer).parts:
+            if part is not callback and part.needs_all:
                 allowed = f'without {part.name} on JAX, which needs all weights; `engine="multiplier"` has them'
                 checks.refuse("callbacks", allowed, part.name)
 

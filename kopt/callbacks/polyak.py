@@ -111,6 +111,7 @@ class PolyakAveraging(InStep):
         "_undo", "_shown", "segments_", "tried_",
     )  # fmt: skip
     shared = ("update_bn", "validation_data")
+    needs_all = True
     _of = None  # id of an optimizer -> its `Averaging`, or `Averaged` when `fit` is over
     _past = None  # the same of the last `fit`, if this one goes on from it
     _trained = _showing = None  # the model, and what puts other weights into it

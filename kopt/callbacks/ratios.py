@@ -122,8 +122,7 @@ class _Part:
         is_ours = isinstance(optimizer, _keras.OptimizerBridge)
         self.masters = [optimizer.held(variable).master if is_ours else None for variable in self.variables]
         self.has_masters = any(master is not None for master in self.masters)
-        # Of six axes, which no weight has: `cold.check` tells by their shapes what are slots of weights.
-        self.sums = callback.add_variable(optimizer, (2, len(parts), 1, 1, 1, 1), name="update_ratios")
+        self.sums = callback.add_variable(optimizer, (2, len(parts)), name="update_ratios")
         self.before = []
         self.room = []  # on torch, where the weights are copied to: new memory for them takes longer than all else
 
@@ -153,7 +152,7 @@ class _Part:
             pairs = zip(before, after, strict=True)
             is_torch = backends.BACKEND == "torch"
             found.append(self.norms([old.sub_(new) if is_torch else old - new for old, new in pairs]))
-            self.sums.assign_add(ops.reshape(ops.cast(ops.stack(found), self.sums.dtype), self.sums.shape))
+            self.sums.assign_add(ops.cast(ops.stack(found), self.sums.dtype))
 
         backends.when(happened, add, [self.sums])
 
@@ -166,7 +165,7 @@ class _Part:
 
     def ratios(self) -> dict[str, float]:
         """Of the updates since this was last called, by the names of the groups."""
-        weights, moved = _keras.to_numpy(self.sums).reshape(2, -1).astype("float64")
+        weights, moved = _keras.to_numpy(self.sums).astype("float64")
         self.sums.assign(np.zeros(self.sums.shape))
         with np.errstate(divide="ignore", invalid="ignore"):
             return dict(zip(self.names, np.where(moved == 0, 0.0, moved / weights).tolist(), strict=True))
