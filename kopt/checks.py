@@ -188,19 +188,20 @@ def learning_rate(name: str, value: Any) -> Any:
         refuse(name, f"{allowed}; a factor of a learning rate becomes one with `initial=`", value)
     if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
         return value
-    if callable(value) and not isinstance(value, (type, keras.layers.Layer)) and not _needs_arguments(value):
+    if callable(value) and not isinstance(value, (type, keras.layers.Layer)) and takes(value, 0):
         return value
     return _range(allowed, lambda x: x >= 0)(name, value)
 
 
-def _needs_arguments(function: Callable) -> bool:
+def takes(function: Callable, count: int) -> bool:
+    """Whether it can be called with so many arguments, as far as that is known."""
     try:
-        inspect.signature(function).bind()
+        inspect.signature(function).bind(*[None] * count)
     except TypeError:
-        return True
-    except ValueError:  # some built-in functions have no signature
         return False
-    return False
+    except ValueError:  # some built-in functions have no signature
+        return True
+    return True
 
 
 def keys(name: str, value: Any) -> list:

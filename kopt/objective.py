@@ -32,6 +32,14 @@ def rows_of(x, y=None, sample_weight=None) -> int:
     return rows
 
 
+def check_trainable(model) -> None:
+    """Refuse what is no model, or has no weights that could be moved."""
+    if not isinstance(model, keras.Model):
+        checks.refuse("model", "a keras.Model", model)
+    if not model.built or not model.trainable_variables:
+        checks.refuse("model", "built, with trainable weights", model.name)
+
+
 class Look(NamedTuple):
     """What one evaluation of a loss has shown."""
 
@@ -49,10 +57,7 @@ class Objective:
     """
 
     def __init__(self, model, training: bool):
-        if not isinstance(model, keras.Model):
-            checks.refuse("model", "a keras.Model", model)
-        if not model.built or not model.trainable_variables:
-            checks.refuse("model", "built, with trainable weights", model.name)
+        check_trainable(model)
         if not model.compiled and type(model).compute_loss is keras.Model.compute_loss:
             checks.refuse("model", "compiled with a loss, or one with a `compute_loss` of its own", model.name)
         _keras.fetch_state(model)

@@ -476,7 +476,8 @@ def test_the_picture_is_of_the_record():
     assert [text.get_text() for text in ax.get_legend().get_texts()][2:5] == [
         f"{name}: {rate:.2g}" for name, rate in record.suggestions.items()
     ]
-    np.testing.assert_array_equal(picture.data["suggestions"], list(record.suggestions.values()))
+    found = [picture.data[f"suggestion/{name}"] for name in record.suggestions]
+    np.testing.assert_array_equal(found, list(record.suggestions.values()))
     for losses in ([1.0, np.nan], [np.nan], []):
         (ax,) = kopt.plot.rate_range(kopt.RangeTest(RATES[: len(losses)], losses, 1.0, "diverged")).axes
         assert len(ax.lines) == 2

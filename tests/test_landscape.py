@@ -275,13 +275,11 @@ def test_points_are_arrays_models_files_and_ensembles(tmp_path):
     assert same(state(one), before)
 
 
-class Fails(keras.metrics.Metric):
-    """Raises after some batches, while it is traced or not."""
-
-    left = 10**9
+class Batched(keras.metrics.Metric):
+    """Counts the batches."""
 
     def __init__(self):
-        super().__init__(name="fails")
+        super().__init__(name="batched")
         self.total = self.add_weight(shape=(), initializer="zeros")
 
     def update_state(self, y_true, y_pred, sample_weight=None):
@@ -293,7 +291,7 @@ class Fails(keras.metrics.Metric):
 
 @pytest.mark.parametrize(("place", "error"), [("in a batch", KeyboardInterrupt), ("between", RuntimeError)])
 def test_all_is_as_it_was_after_an_exception(place, error, monkeypatch):
-    metric = Interrupted(error) if place == "in a batch" else Fails()
+    metric = Interrupted(error) if place == "in a batch" else Batched()
     model = network(metrics=[metric], run_eagerly=place == "in a batch")
     model.fit(X, Y, verbose=0)
     model.evaluate(X, Y, verbose=0)
@@ -320,10 +318,12 @@ def test_all_is_as_it_was_after_an_exception(place, error, monkeypatch):
     model.fit(X, Y, verbose=0)
 
 
-class Interrupted(Fails):
+class Interrupted(Batched):
+    """Raises after some batches."""
+
     def __init__(self, error):
         super().__init__()
-        self.error = error
+        self.error, self.left = error, 10**9
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         super().update_state(y_true, y_pred)
@@ -364,6 +364,46 @@ def test_what_is_not_finite_is_kept():
     picture = kopt.plot.slice_1d(found)
     assert np.isinf(picture.data["loss"][-1])
     assert any("not finite" in text.get_text() for text in picture.axes[0].texts)
+
+
+def test_a_leg_with_an_end_that_is_not_finite_has_no_barrier():
+    for ends in ((1, np.nan), (np.inf, 1), (1, np.inf)):
+        record = kopt.landscape.Slice([0, 0.5, 1], {"loss": [ends[0], 5, ends[1]]}, [0, 1], "share of the way")
+        assert np.isnan(record.barriers).all()
+    record = kopt.landscape.Slice([0, 0.5, 1], {"loss": [1, np.nan, 1]}, [0, 1], "share of the way")
+    assert record.barriers.tolist() == [np.inf]
+    with pytest.raises(ValueError, match="`unit` must be one of 'share of the way', "):
+        kopt.landscape.Slice([0, 1], {"loss": [1, 1]}, [0, 1], "meters")
+
+
+def test_a_plane_that_is_nowhere_finite_is_drawn():
+    pytest.importorskip("matplotlib", reason="pictures come with the extra `plot`")
+    record = kopt.landscape.Plane([0, 1], [0, 1], {"loss": np.full((2, 2), np.nan)}, [[0, 0]], [0], "filter norms")
+    picture = kopt.plot.plane(record)
+    assert "gray: not finite" in picture.axes[0].get_title(loc="left")
+    with pytest.raises(ValueError, match=r"`model` must be a keras.Model, or a kopt.landscape.Slice. Received"):
+        kopt.plot.slice_1d(record)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"metrics": 3}, {"metrics": [["loss"]]}, {"ax": 3}, {"show": 3}, {"save": "x"}], ids=str
+)
+def test_what_a_picture_cannot_be_is_refused_before_anything_is_computed(bad, monkeypatch):
+    pytest.importorskip("matplotlib", reason="pictures come with the extra `plot`")
+    model, points = line()
+    monkeypatch.setattr(kopt.landscape, "plane", lambda *given, **how: pytest.fail("it was computed"))
+    with pytest.raises(ValueError, match=f"`{next(iter(bad))}` must be "):
+        kopt.plot.plane(model, X, TARGETS, points=points, **bad)
+
+
+def test_a_filter_of_attention_is_a_neuron_of_a_head():
+    inputs = keras.Input((5, 4))
+    attention = layers.MultiHeadAttention(num_heads=2, key_dim=3)
+    model = keras.Model(inputs, attention(inputs, inputs))
+    found = dict(zip([v.path for v in model.weights], directions.filters_of(model, "filter"), strict=True))
+    kernels = {path.split("/")[-2]: axes for path, axes in found.items() if path.endswith("kernel")}
+    assert kernels == {"query": (0,), "key": (0,), "value": (0,), "attention_output": (0, 1)}
+    assert all(axes is None for path, axes in found.items() if path.endswith("bias"))
 
 
 def test_progress_is_shown(capsys):
@@ -438,7 +478,7 @@ def test_arguments_are_refused_before_any_work(compute, monkeypatch):
 def test_a_direction_needs_kernels():
     model, _ = line()
     model.set_weights([np.zeros((4, 2)), np.ones(2)])
-    with pytest.raises(ValueError, match="`model` must be with kernels that are not zero"):
+    with pytest.raises(ValueError, match="`points` must be such that its kernels have"):
         slice_1d(model, X, TARGETS, **QUIET)
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("matplotlib", reason="pictures come with the extra `plot`")
 def test_trajectories(tmp_path, capsys):
     files = [str(tmp_path / f"x.{ending}") for ending in ("gif", "html", "png")]
     given = ["--optimizers", "sgd=0.01, adam=0.1,lbfgs", "--surface", "long-valley", "--steps", "12"]
-    main(["trajectories", *given, "--start", "-3", "0.5", "-o", *files])
+    main(["trajectories", *given, "--start", "-3", "0.5", "--view", "-6", "6", "-2", "2", "-o", *files])
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "a long valley, 12 steps from (-3, 0.5)"
     assert [line.split()[0] for line in said[1:4]] == ["SGD", "Adam", "L-BFGS"]
@@ -69,11 +69,14 @@ def test_expressions_are_what_python_makes_of_them(text):
     assert expressions.evaluated(text) == (expected() if isinstance(expected, type) else expected)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "0.1", "cosine", "Schedule()", "Linear(", "__import__('os')", "CosineDecay().preview(3)", "CosineDecay() + 1",
-     "CosineDecay.__init__", "[CosineDecay()]", "CosineDecay(*[1])", "(lambda: 1)()", "CosineDecay(final=open('x'))"],
-)  # fmt: skip
+NOT_WRITTEN = [
+    "", "0.1", "cosine", "Schedule()", "Linear(", "__import__('os')", "CosineDecay().preview(3)", "CosineDecay() + 1",
+    "CosineDecay.__init__", "[CosineDecay()]", "CosineDecay(*[1])", "CosineDecay(**3)", "(0.5).repeat(2)",
+    "[1].repeat(2)", "(lambda: 1)()", "CosineDecay(final=open('x'))", "CosineDecay() >> 3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NOT_WRITTEN)
 def test_nothing_else_is_evaluated(text):
     with pytest.raises(ValueError, match="`schedule` must be"):
         expressions.evaluated(text)

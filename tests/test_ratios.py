@@ -279,7 +279,7 @@ def test_pictures_that_are_refused(tmp_path):
         kopt.plot.groups(HISTORY | {"learning_rate": [0.1]})
     with pytest.raises(ValueError, match="`history` must be trainings: a keras History"):
         kopt.plot.groups(3)
-    with pytest.raises(ValueError, match="`ax` must be 2 axes of matplotlib"):
+    with pytest.raises(ValueError, match="`ax` must be axes of matplotlib"):
         kopt.plot.groups(HISTORY | STAGES, ax=[1, 2])
     with pytest.raises(ValueError, match="`save` must be "):
         kopt.plot.groups(HISTORY, save=tmp_path / "groups.gif")

@@ -10,7 +10,7 @@ from keras import ops
 
 import kopt
 from kopt.landscape.surfaces import SURFACES
-from kopt.landscape.trajectories import TRIES
+from kopt.landscape.words import TRIES
 from kopt.plot.paths import COLOR_OF, _heads
 from tests.conftest import BACKEND, FLOATX
 
@@ -27,6 +27,7 @@ IN_NUMPY = {  # the surfaces from their definitions
     "bowl": lambda x, y: np.einsum("i...,ij,j...", np.array([x, y]), BOWL, np.array([x, y])) / 2,
     "plateau": lambda x, y: -np.expm1(-(x * x + y * y) / 2),
 }
+IN_OPS = {name: surface.function for name, surface in SURFACES.items()}
 TURN = np.array([[np.sqrt(3) / 2, 0.5], [-0.5, np.sqrt(3) / 2]])
 BOWL = TURN.T @ np.diag([1.0, 100.0]) @ TURN
 
@@ -119,6 +120,44 @@ def test_each_rule_without_a_rate_gets_as_many_tries():
     assert [run.learning_rate for run in tuned] == pytest.approx([1e-3, 1.0])
 
 
+def test_rates_are_found_where_nothing_is_known_of_the_surface():
+    """Without a view and a lowest value, all tries of all optimizers say what is low."""
+    found = trajectories(["sgd", "momentum"], IN_OPS["plateau"], start=(-2.8, 2.2), steps=100)
+    assert all(run.losses[-1] < 1e-4 for run in found.runs)
+    assert found.lowest == min(run.losses.min() for run in found.runs)
+    assert all(len(run.tried) == TRIES for run in found.runs)
+
+
+def test_a_view_with_holes_does_not_mislead():
+    surface = lambda x, y: x - ops.log(x) + y**2  # noqa: E731
+    rates = [
+        trajectories("sgd", surface, start=(2, 1), view=((low, 3), (-1, 2)), steps=40).runs[0].learning_rate
+        for low in (0.1, -1)
+    ]
+    assert rates[0] == rates[1] > 0.01
+
+
+def test_nothing_is_far_without_a_view():
+    (run,) = trajectories("adam=5", lambda x, y: ((x - 500) / 100) ** 2 + y**2, start=(1, 1), steps=200).runs
+    assert run.end == ""
+    assert run.losses[-1] < 0.1
+
+
+def test_the_last_step_counts():
+    found = trajectories("sgd=0.1", lambda x, y: -x - y, steps=10)
+    assert found.lowest < found.runs[0].losses[-1] == pytest.approx(-4.0)
+    (run,) = (found := trajectories("sgd=0.1", lambda x, y: x**2 + y**2, start=(2, 1), steps=1)).runs
+    (left, right), (bottom, top) = found.view
+    assert left < run.points[1, 0] < 2 < right
+    assert bottom < run.points[1, 1] < 1 < top
+
+
+@pytest.mark.parametrize("tune", [3, 24, 40, 100])
+def test_budgets_are_equal(tune):
+    found = trajectories(["sgd", kopt.SGD(0.5, momentum=0.5)], "bowl", steps=2, tune=tune)
+    assert [len(run.tried) for run in found.runs] == [tune, tune]
+
+
 def test_schedules_stay_as_they_are():
     decay = kopt.schedules.ExponentialDecay(base=0.5, per="step", unit_steps=1, initial=0.01)
     (run,) = trajectories(kopt.SGD(decay), "bowl", steps=3, tune=5).runs
@@ -148,6 +187,7 @@ BAD = [
     ({"optimizers": []}, "`optimizers` must be a name, an optimizer"),
     ({"optimizers": [3]}, "`optimizers` must be a name, an optimizer.* Received: optimizers=3"),
     ({"optimizers": {"": "sgd"}}, "`optimizers` must be a non-empty string"),
+    ({"optimizers": "keras.MultiOptimizer"}, "`optimizers` must be of 'sgd', "),
     ({"optimizers": "adam=fast"}, "`optimizers` must be with a number behind '='. Received: optimizers='adam=fast'"),
     ({"optimizers": "lbfgs=0.1"}, "`optimizers` must be without a rate where there is none"),
     ({"optimizers": "adam=-1"}, "`learning_rate` must be"),
@@ -209,6 +249,15 @@ def test_what_is_drawn_is_what_was_found(record, tmp_path):
     assert {"x", "y", "z"} < data.keys()
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("a.png", "a.svg"))
     assert not matplotlib.pyplot.get_fignums()  # nothing is left open
+
+
+def test_what_has_the_same_color_has_other_dashes():
+    names = ["keras.Lion=.01", "keras.Nadam=.01", "keras.Adamax=.125", "sgd=.01", "momentum=.01", "nesterov=.001"]
+    picture = kopt.plot.trajectories([*names, "adagrad=.1", "rmsprop=.01", "adam=.1", "adamw=.1"], "bowl", steps=2)
+    looks = [(line.get_color(), line.get_linestyle()) for line in picture.axes[1].lines]
+    assert len(set(looks)) == 10
+    assert looks[3:] == [(COLOR_OF[name], "-") for name in list(COLOR_OF)[:7]]
+    assert picture.axes[1].lines[2].get_label() == "keras.Adamax, rate 0.125"
 
 
 def test_files_are_the_same_whenever_they_are_written(record, tmp_path):
@@ -284,9 +333,11 @@ def test_axes_of_ones_own_and_bad_files(record):
     picture = kopt.plot.trajectories(record, ax=axes, title="mine")
     assert picture.axes == list(axes)
     assert axes[0].get_title(loc="left") == "mine"
-    for bad in ({"ax": axes[0]}, {"ax": 3}):
-        with pytest.raises(ValueError, match="`ax` must be 2 axes of matplotlib"):
-            kopt.plot.trajectories(record, **bad)
+    with pytest.raises(ValueError, match="`ax` must be 2 axes of matplotlib"):
+        kopt.plot.trajectories(record, ax=axes[0])
+    for bad in ({"ax": 3}, {"ax": []}, {"ax": axes, "show": True}):
+        with pytest.raises(ValueError, match=r"`ax` must be axes of matplotlib|`show` must be False beside `ax`"):
+            kopt.plot.trajectories("adam", "no surface", **bad)  # before anything else is looked at
     for bad in ("x.mp4", 3, ["x.png", "x"], ""):
         with pytest.raises(ValueError, match=r"`save` must be a path, or a list of them, that ends in .png, "):
             kopt.plot.trajectories("adam", "no surface", save=bad)  # before anything else is looked at

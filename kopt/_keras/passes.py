@@ -163,6 +163,6 @@ class Chosen(ArrayDataAdapter):
         return batches.with_options(options).prefetch(tf.data.AUTOTUNE)
 
 
-def adapted(data, *more, **how) -> DataAdapter:
-    """Keras's adapter of a Dataset or a PyDataset; with `y`, `sample_weight` and `batch_size` also of arrays."""
-    return get_data_adapter(data, *more, **how)
+def adapted(x, y=None, sample_weight=None, batch_size=None) -> DataAdapter:
+    """Keras's adapter of a Dataset or a PyDataset, or of arrays in batches, in their order."""
+    return get_data_adapter(x, y, sample_weight, batch_size)

@@ -45,6 +45,13 @@ class Callback(keras.callbacks.Callback):
         if state:
             checks.refuse("state", f"empty for {self.name}, which keeps none", state)
 
+    def note(self, logs, key, value) -> None:
+        """Write a value into the logs, if there are any, under a key that no other callback has."""
+        if logs is not None:
+            while key in logs:
+                key += f"_{self.name}"
+            logs[key] = value
+
     def set_model(self, model):
         super().set_model(model)
         self._rates = Rates(model)

@@ -102,11 +102,7 @@ class UpdateRatio(InStep):
                     found[name][suffix] = ratio
         for name, ratios in found.items():
             for suffix, ratio in (ratios or {"": 0.0}).items():
-                key = PREFIX + name + suffix * (len(ratios) > 1)
-                while logs is not None and key in logs:  # of another callback
-                    key += f"_{self.name}"
-                if logs is not None:
-                    logs[key] = ratio
+                self.note(logs, PREFIX + name + suffix * (len(ratios) > 1), ratio)
 
     def let_go(self):
         self._found, self._parts = None, {}

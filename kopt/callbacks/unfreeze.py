@@ -15,6 +15,8 @@ from kopt.optimizers.multipliers import owns_weights
 from kopt.optimizers.quasi_newton.optimizer import QuasiNewton
 from kopt.schedules.time import Length, Time, at_least, at_most
 
+PREFIX = "multiplier/"  # of the logs, followed by the name of a group
+
 
 class StagedUnfreeze(InStep):
     """Train the head of a network first and its body later, and less: each stage in the same `fit`.
@@ -155,11 +157,7 @@ class StagedUnfreeze(InStep):
         last = int(_keras.to_numpy(optimizer.iterations)) - 1
         time = Time.told(last, _keras.to_numpy(self._parts[id(optimizer)].clock.variable).tolist())
         for track in self._whole:
-            if logs is not None:
-                key = f"multiplier/{track.name}"
-                while key in logs:  # of another callback
-                    key += f"_{self.name}"
-                logs[key] = float(str(np.float32(track.value(time))))
+            self.note(logs, PREFIX + track.name, float(str(np.float32(track.value(time)))))
 
     def let_go(self):
         if self._own_flags:  # less what has been frozen since: after an interrupt one may freeze, and compile

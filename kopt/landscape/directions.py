@@ -65,10 +65,10 @@ def _of_one(layer, variable) -> tuple:
         return (0,)
     if isinstance(layer, TRANSPOSED):
         return (-2,)
-    if isinstance(layer, (L.DepthwiseConv1D, L.DepthwiseConv2D)) or variable is getattr(
-        layer, "depthwise_kernel", None
-    ):
+    if isinstance(layer, DEPTHWISE) or variable is getattr(layer, "depthwise_kernel", None):
         return (-2, -1)
+    if isinstance(layer, L.EinsumDense) and layer.bias is not None:  # such as a neuron of each head of attention
+        return tuple(range(-len(layer.bias.shape), 0))
     return (-1,)
 
 
@@ -91,8 +91,8 @@ def random_directions(point, filters, count: int, seed: int, across=()) -> list:
         for _ in range(8 * bool(others)):  # by turns, until both are true; the right angles last
             direction = _apart(_scaled(direction, weights, filters), others)
         if not inner(direction, direction) > APART * inner(weights, weights):
-            what = f"with kernels that are not zero, of {count + len(across)} weights at least, to have directions"
-            checks.refuse("model", what, [None if w is None else w.shape for w in weights])
+            allowed = f"such that its kernels have {count + len(across)} weights at least, finite and not all zero"
+            checks.refuse("points", allowed, f"kernels of the shapes {[w.shape for w in weights if w is not None]}")
         found.append(direction)
     return found
 

@@ -10,6 +10,7 @@ from kopt import _keras, backends, checks, weights
 from kopt._keras import passes, stepping
 from kopt.batch_norm import Statistics
 from kopt.batches import batches, check_batches
+from kopt.objective import check_trainable
 
 
 class Evaluation:
@@ -25,7 +26,7 @@ class Evaluation:
     """
 
     def __init__(self, model, given, batch_size, update_bn):
-        check_model(model)
+        _check_model(model)
         self.model, self.given, self.batch_size = model, given, checks.count(1)("batch_size", batch_size)
         _check_data(model, *given)
         is_data = not isinstance(update_bn, (bool, np.bool_))
@@ -93,11 +94,8 @@ def as_it_was(model):
         yield
 
 
-def check_model(model) -> None:
-    if not isinstance(model, keras.Model):
-        checks.refuse("model", "a keras.Model", model)
-    if not model.built or not model.trainable_variables:
-        checks.refuse("model", "built, with trainable weights", model.name)
+def _check_model(model) -> None:
+    check_trainable(model)
     owned = (getattr(type(model), name) is not getattr(keras.Model, name) for name in ("compute_loss", "test_step"))
     if not model.compiled or (model.loss is None and not any(owned)):
         checks.refuse("model", "compiled with a loss", model.name)
@@ -123,7 +121,7 @@ def _check_data(model, x, y, sample_weight) -> None:
 def _read(x, y, sample_weight, batch_size):
     """The batches that `evaluate` reads, as `(x, y, sample_weight)`."""
     has_batches = not all(hasattr(part, "shape") for part in keras.tree.flatten(x))
-    adapter = passes.adapted(x) if has_batches else passes.adapted(x, y, sample_weight, batch_size, shuffle=False)
+    adapter = passes.adapted(x) if has_batches else passes.adapted(x, y, sample_weight, batch_size)
     adapter.on_epoch_begin()
     yield from map(keras.utils.unpack_x_y_sample_weight, adapter.get_numpy_iterator())
     adapter.on_epoch_end()

@@ -6,6 +6,8 @@ import numpy as np
 
 from kopt import checks
 
+NORMS = "filter norms", "layer norms"  # what positions along random directions count
+
 
 def _array(value, dtype=None):
     found = np.array(value, dtype)
@@ -50,7 +52,8 @@ class Slice(_Record):
         loss: `values["loss"]`.
         lowest: The position at which the loss is lowest, and that loss; None if it is nowhere finite.
         barriers: For each leg from point to point how far the loss rises above the straight line between the losses of
-            its ends, and never less than 0 (Frankle et al. 2020). What is not finite counts as infinite.
+            its ends, and never less than 0 (Frankle et al. 2020). What is not finite counts as infinite between the
+            ends; where an end is not finite there is no barrier, but NaN.
 
     Example:
         >>> import kopt, numpy as np
@@ -70,6 +73,7 @@ class Slice(_Record):
 
     def __post_init__(self):
         self._hold("positions", "marks")
+        checks.one_of("share of the way", "points passed", *NORMS)("unit", self.unit)
         if self.positions.ndim != 1 or not (np.diff(self.positions) > 0).all():
             checks.refuse("positions", "numbers that rise", self.positions)
         if not np.isin(self.marks, self.positions).all() or not (np.diff(self.marks) > 0).all():
@@ -96,7 +100,7 @@ class Slice(_Record):
             _, loss, straight = self.leg(i)
             with np.errstate(invalid="ignore"):
                 rises = np.where(np.isfinite(loss), loss, np.inf) - straight
-            found.append(np.max(rises[1:-1], initial=0.0))
+            found.append(np.max(rises[1:-1], initial=0.0) if np.isfinite(loss[[0, -1]]).all() else np.nan)
         return np.array(found)
 
     def __str__(self):
@@ -142,6 +146,7 @@ class Plane(_Record):
 
     def __post_init__(self):
         self._hold("x", "y", "points", "distances")
+        checks.one_of("distance of weights", *NORMS)("unit", self.unit)
         for name in ("x", "y"):
             if getattr(self, name).ndim != 1 or not (np.diff(getattr(self, name)) > 0).all():
                 checks.refuse(name, "numbers that rise", getattr(self, name))

@@ -35,7 +35,8 @@ def slice_1d(
     worse than it is. They are estimated anew at each position, as `kopt.update_bn` does.
 
     Afterwards the model is as it was, to the bit and whatever was raised: weights, statistics, metrics, random states;
-    the optimizer is not touched. The data are read once and kept.
+    the optimizer is not touched. The data are read once and kept, but for models of several outputs on TensorFlow with
+    batches of different sizes, and on several replicas: there `evaluate` reads them at each position.
 
     When to use it: to see whether two trainings, or two snapshots, have found the same basin, and how wide it is. A
     random direction shows little of what many weights can do; low and flat there is not low and flat everywhere.

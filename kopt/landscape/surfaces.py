@@ -1,6 +1,5 @@
 """Surfaces in two dimensions to watch an optimizer on."""
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,6 +11,11 @@ from keras import ops
 from kopt import checks
 
 GRID = 161  # points to a side
+SHAPES = {
+    "start": "two numbers",
+    "minima": "a list of pairs of numbers",
+    "view": "two pairs, ((left, right), (bottom, top))",
+}
 
 
 @dataclass(frozen=True)
@@ -51,18 +55,20 @@ class Surface:
             checks.refuse("start", f"within the view, {view}", self.start)
         object.__setattr__(self, "start", start)
         object.__setattr__(self, "view", view)
+        object.__setattr__(self, "minima", tuple(_pair("minima", one) for one in checks.listed("minima", self.minima)))
+        checks.optional(checks.finite)("lowest", self.lowest)
         checks.sentence("name", self.name)
         checks.count(1)("steps", self.steps)
 
     def of_point(self, point):
         """The loss of a vector of two."""
-        is_of_two = _takes_two(self.function)
+        is_of_two = checks.takes(self.function, 2)
         return ops.reshape(self.function(point[0], point[1]) if is_of_two else self.function(point), ())
 
     def values(self, x, y) -> np.ndarray:
         """The loss at points whose coordinates lie in two arrays of one shape."""
         x, y = (ops.convert_to_tensor(np.asarray(part, "float64"), keras.config.floatx()) for part in (x, y))
-        found = self.function(x, y) if _takes_two(self.function) else None
+        found = self.function(x, y) if checks.takes(self.function, 2) else None
         if found is None or tuple(found.shape) != tuple(x.shape):  # it makes one number of all that it is given
             points = ops.stack([ops.reshape(x, (-1,)), ops.reshape(y, (-1,))], 1)
             found = ops.reshape(ops.vectorized_map(self.of_point, points), x.shape)
@@ -74,19 +80,9 @@ class Surface:
         return x, y, self.values(*np.meshgrid(x, y))
 
 
-def _takes_two(function) -> bool:
-    try:
-        inspect.signature(function).bind(0, 0)
-    except TypeError:
-        return False
-    except ValueError:  # some built-in functions have no signature
-        return True
-    return True
-
-
 def _two(value) -> list:
     parts = list(value) if isinstance(value, (list, tuple, np.ndarray)) else []
-    return parts if len(parts) == 2 else checks.refuse("view", "two pairs, ((left, right), (bottom, top))", value)
+    return parts if len(parts) == 2 else checks.refuse("view", SHAPES["view"], value)
 
 
 def _span(view, part) -> tuple[float, float]:
@@ -96,7 +92,7 @@ def _span(view, part) -> tuple[float, float]:
 
 def _pair(name, value) -> tuple[float, float]:
     if not isinstance(value, (list, tuple, np.ndarray)) or len(value) != 2:
-        checks.refuse(name, "two numbers" if name == "start" else "two pairs, ((left, right), (bottom, top))", value)
+        checks.refuse(name, SHAPES[name], value)
     first, second = (checks.finite(name, part) for part in value)
     return first, second
 

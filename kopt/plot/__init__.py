@@ -9,5 +9,6 @@ from kopt.plot.landscapes import slice_1d as slice_1d
 from kopt.plot.learning_rates import rate_range as rate_range
 from kopt.plot.learning_rates import search as search
 from kopt.plot.members import snapshots as snapshots
+from kopt.plot.picture import Picture as Picture
 from kopt.plot.schedules import schedule as schedule
 from kopt.plot.trajectories import trajectories as trajectories

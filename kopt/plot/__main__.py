@@ -44,6 +44,7 @@ def parsed(arguments):
     add("--surface", default="beale", help=f"one of {', '.join(landscape.SURFACES)} (default: beale)")
     add("--steps", type=int, help="how many; by default what tells something on the surface")
     add("--start", type=float, nargs=2, metavar=("X", "Y"), help="where to begin")
+    add("--view", type=float, nargs=4, metavar=("LEFT", "RIGHT", "BOTTOM", "TOP"), help="what to show")
     add("--tune", type=int, metavar="N", help="find every rate in N tries, also those that are given")
     _output(add, f"{STILLS}, .gif or .html", True)
 
@@ -68,9 +69,9 @@ def _output(add, endings, required) -> None:
 
 
 def trajectories(given):
-    picture = plot.trajectories(
-        given.optimizers, given.surface, steps=given.steps, start=given.start, tune=given.tune, save=given.output
-    )
+    view = given.view and (given.view[:2], given.view[2:])
+    asked = {"steps": given.steps, "start": given.start, "view": view, "tune": given.tune}
+    picture = plot.trajectories(given.optimizers, given.surface, **asked, save=given.output)
     print(picture.record)
 
 

@@ -12,7 +12,7 @@ def history(*runs, metrics=("loss",), ax=None, save=None, show: bool = False) ->
     A metric has a panel, in which validation is solid and training dashed. Around the mean of three trainings or more
     is their standard deviation, around that of two their range. Where trainings end at different epochs or lose a
     finite number, mean and band are of those that have one; the legend says how many are left and `data` how many there
-    are at each epoch ("n"); a cross is where one was finite for the last time.
+    are at each epoch ("n"); a cross is the last number before one that is not finite.
 
     Args:
         runs: Trainings, which are seeds of the same: a keras History, a dict of lists like `history.history`, or the
@@ -22,7 +22,7 @@ def history(*runs, metrics=("loss",), ax=None, save=None, show: bool = False) ->
             those that fit it is the last, since only files say at which epochs it was taken.
         metrics: The names of what to draw, as in `compile`, without "val_".
         ax: The axes of matplotlib to draw in, as many as metrics; None makes a new figure.
-        save: A path, or a list of them, to write the picture to.
+        save: A path to write to, or several: .png, .svg, .pdf or .jpg.
         show: Whether to open a window.
 
     Returns:
@@ -37,7 +37,7 @@ def history(*runs, metrics=("loss",), ax=None, save=None, show: bool = False) ->
         >>> picture.data["Adam loss mean"]
         array([1.5, 0.5])
     """
-    files = saves(save)
+    files = saves(save, ax, show)
     metrics = checks.one_or_several(checks.sentence, "the name of a metric, or a list of them")("metrics", metrics)
     found = reading.grouped("runs", runs)
     if len(found) > len(COLORS):
@@ -95,7 +95,7 @@ def _said(name, curves, shown) -> str:
 
 
 def _mark_ends(ax, curves, color) -> None:
-    """A cross at the last finite number of what has lost it."""
+    """A cross at the last number before the first that is not finite."""
     for curve in curves:
         last = reading.ends(curve)
         if last:
@@ -115,7 +115,7 @@ def average(history, *, metric: str = "loss", ax=None, save=None, show: bool = F
             `kopt.plot.history`.
         metric: What to draw, as in `compile`.
         ax: The axes of matplotlib to draw in; None makes a new figure.
-        save: A path, or a list of them, to write the picture to.
+        save: A path to write to, or several: .png, .svg, .pdf or .jpg.
         show: Whether to open a window.
 
     Returns:
@@ -128,7 +128,7 @@ def average(history, *, metric: str = "loss", ax=None, save=None, show: bool = F
         >>> [line.get_label() for line in picture.axes[0].lines]
         ['training, raw weights', 'validation, raw weights', 'validation, averaged weights']
     """
-    files = saves(save)
+    files = saves(save, ax, show)
     checks.sentence("metric", metric)
     found = [reading.read("history", run) for run in reading.listed(history)]
     if not found:

@@ -24,7 +24,9 @@ def _value(node, text):
         case ast.Call(func=ast.Name(id=name)):
             return _kind(name, text)(*_arguments(node, text), **_named(node, text))
         case ast.Call(func=ast.Attribute(value=of, attr=name)) if name in METHODS:
-            return getattr(_value(of, text), name)(*_arguments(node, text), **_named(node, text))
+            schedule = _value(of, text)
+            if isinstance(schedule, schedules.Schedule):
+                return getattr(schedule, name)(*_arguments(node, text), **_named(node, text))
         case ast.BinOp(left=left, op=ast.Mult(), right=right):
             return _value(left, text) * _value(right, text)
         case ast.BinOp(left=left, op=ast.RShift(), right=right):
@@ -43,7 +45,7 @@ def _arguments(node, text) -> list:
 
 
 def _named(node, text) -> dict:
-    return {one.arg: _value(one.value, text) for one in node.keywords if one.arg}
+    return {one.arg or _refuse(text): _value(one.value, text) for one in node.keywords}
 
 
 def _kind(name, text):

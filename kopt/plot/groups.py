@@ -5,16 +5,16 @@ from itertools import groupby
 import numpy as np
 
 from kopt import checks
-from kopt.callbacks.ratios import PREFIX
+from kopt.callbacks import ratios, unfreeze
 from kopt.plot import runs
-from kopt.plot.picture import GOOD, finished, imported, panels, saves, styles, tidy
+from kopt.plot.picture import GOOD, Picture, axes_of, finished, imported, panels, saves, styles, tidy
 
-HEALTHY, BAND = 1e-3, (1e-3 / 3, 3e-3)
-MULTIPLIER, RATE = "multiplier/", "learning_rate"
+HEALTHY, AROUND = 1e-3, (1e-3 / 3, 3e-3)
+RATIO, MULTIPLIER, RATE = ratios.PREFIX, unfreeze.PREFIX, "learning_rate"
 ROW = 0.045  # of the height of the axes, for the bar of a group that rests
 
 
-def groups(history, *, ax=None, save=None, show: bool = False):
+def groups(history, *, ax=None, save=None, show: bool = False) -> Picture:
     """Draw how much of itself each group of weights moves at an update, and the rate that each group has.
 
     Above is what `kopt.callbacks.UpdateRatio` has measured, with a band from a third of 1e-3 to three times that: about
@@ -28,7 +28,7 @@ def groups(history, *, ax=None, save=None, show: bool = False):
         history: A keras History, a dict of lists like its `history`, or the path of a file that
             `keras.callbacks.CSVLogger` has written.
         ax: The axes of matplotlib to draw in: one for the ratios alone, or two; None makes a new figure.
-        save: A path, or a list of them, to write the picture to.
+        save: A path to write to, or several: .png, .svg, .pdf or .jpg.
         show: Whether to open a window.
 
     Returns:
@@ -41,43 +41,43 @@ def groups(history, *, ax=None, save=None, show: bool = False):
         >>> [text.get_text() for text in picture.axes[0].get_legend().get_texts()]
         ['base (0 in epoch 1)', 'head', 'about 1e-3 is healthy']
     """
-    files = saves(save)
-    epochs, ratios, rates, quantity = _read(history)
-    if hasattr(ax, "plot"):
+    files = saves(save, ax, show)
+    epochs, moved, rates, quantity = _read(history)
+    if ax is not None and len(axes_of(ax)) == 1:
         rates = {}
     count = 1 + bool(rates)
     axes = panels(ax, count, size=(7.6, 0.8 + 2.5 * count), show=show, sharex=True)
-    labels = list(dict.fromkeys(_label(name) for name in ratios | rates))
+    labels = list(dict.fromkeys(_label(name) for name in moved | rates))
     styled = dict(zip(labels, styles(len(labels)), strict=True))
-    axes[0].axhspan(*BAND, color=GOOD, alpha=0.15, linewidth=0)
-    _draw(axes[0], epochs, ratios, styled, BAND)
+    axes[0].axhspan(*AROUND, color=GOOD, alpha=0.15, linewidth=0)
+    _draw(axes[0], epochs, moved, styled, AROUND)
     axes[0].axhline(HEALTHY, color=GOOD, linewidth=1, alpha=0.6, label="about 1e-3 is healthy")
     tidy(axes[0], "" if rates else "epoch", "|change| / |weights|", "beside")
     if rates:
         _draw(axes[1], epochs, rates, styled)
         tidy(axes[1], "epoch", quantity, "beside")
-    return finished(axes, {"epochs": epochs} | ratios | rates, files, show)
+    return finished(axes, {"epochs": epochs} | moved | rates, files, show)
 
 
 def _read(history) -> tuple:
     """The epochs, the ratios, the rates, and what is drawn of the latter."""
     read = runs.read("history", history)
-    if not any(name.startswith(PREFIX) for name in read):
-        allowed = f"of a fit with `callbacks=[kopt.callbacks.UpdateRatio()]`, which logs `{PREFIX}<group>`"
+    if not any(name.startswith(RATIO) for name in read):
+        allowed = f"of a fit with `callbacks=[kopt.callbacks.UpdateRatio()]`, which logs `{RATIO}<group>`"
         checks.refuse("history", f"{allowed}; this one has {', '.join(read)}", history)
-    chosen = {name: curve for name, curve in read.items() if name.startswith((PREFIX, MULTIPLIER, RATE))}
+    chosen = {name: curve for name, curve in read.items() if name.startswith((RATIO, MULTIPLIER, RATE))}
     epochs = max((curve.epochs for curve in chosen.values()), key=len)
     lengths = {name: len(curve.values) for name, curve in chosen.items()}
     if len(set(lengths.values())) > 1:
         checks.refuse("history", f"of a fit that has logged all of them at each epoch, not {lengths}", history)
-    ratios, multipliers, rates = (
+    moved, multipliers, rates = (
         {name: curve.values for name, curve in chosen.items() if name.startswith(prefix)}
-        for prefix in (PREFIX, MULTIPLIER, RATE)
+        for prefix in (RATIO, MULTIPLIER, RATE)
     )
     if RATE in rates:
         times = {f"rate/{name.removeprefix(MULTIPLIER)}": rates[RATE] * values for name, values in multipliers.items()}
-        return epochs, ratios, rates | times, "learning rate × multiplier" if times else "learning rate"
-    return epochs, ratios, rates or multipliers, "learning rate" if rates else "multiplier"
+        return epochs, moved, rates | times, "learning rate × multiplier" if times else "learning rate"
+    return epochs, moved, rates or multipliers, "learning rate" if rates else "multiplier"
 
 
 def _label(name) -> str:
@@ -100,7 +100,7 @@ def _draw(ax, epochs, curves, styled, seen=()) -> None:
         ax.plot(epochs, line, marker="o", markersize=3, label=label + where, **style)
         if where:
             row += 1
-            ends = [(run[0] - 0.4, run[-1] + 0.4, np.nan) for run in _runs(epochs[rests])]
+            ends = [(run[0] - 0.4, run[-1] + 0.4, np.nan) for run in _stretches(epochs[rests])]
             bars = {"transform": ax.get_xaxis_transform(), "linewidth": 4, "solid_capstyle": "butt", "label": "_bar"}
             ax.plot(np.ravel(ends), np.full(3 * len(ends), ROW * (row - 0.3)), color=style["color"], **bars)
     if row:
@@ -119,7 +119,7 @@ def _scale(ax, shown, bars) -> None:
     ax.set_ylim(10 ** (low - (high - low) * room / (1 - min(room, 0.6))), 10**high)
 
 
-def _runs(epochs) -> list[list]:
+def _stretches(epochs) -> list[list]:
     """The epochs that follow each other."""
     together = groupby(enumerate(epochs.tolist()), lambda pair: pair[1] - pair[0])
     return [[epoch for _, epoch in run] for _, run in together]
@@ -129,5 +129,5 @@ def _spans(epochs, still) -> str:
     """The epochs in which something holds, as words."""
     if still.all() and len(epochs) > 1:
         return "all epochs"
-    said = ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in _runs(epochs[still]))
+    said = ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in _stretches(epochs[still]))
     return f"epoch{'s' * bool(still.sum() > 1)} {said}"

@@ -35,7 +35,7 @@ def rates(curves, *, metric: str = "loss", ax=None, save=None, show: bool = Fals
             written, or a list of these, one for each seed.
         metric: What to take of a training: a loss, which is the better the lower it is.
         ax: The axes of matplotlib to draw in; None makes a new figure.
-        save: A path, or a list of them, to write the picture to.
+        save: A path to write to, or several: .png, .svg, .pdf or .jpg.
         show: Whether to open a window.
 
     Returns:
@@ -48,7 +48,7 @@ def rates(curves, *, metric: str = "loss", ax=None, save=None, show: bool = Fals
         >>> [text.get_text() for text in picture.axes[0].get_legend().get_texts()]
         ['0.001: too low', '0.1: good', '1: too high', '30: diverged in epoch 2']
     """
-    files = saves(save)
+    files = saves(save, ax, show)
     checks.sentence("metric", metric)
     found = _read(curves, metric)
     said = judged(found)

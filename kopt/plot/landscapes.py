@@ -1,15 +1,16 @@
 """Pictures of a model's loss along lines and in planes of its weights."""
 
+import keras
 import numpy as np
 
 from kopt import checks, landscape
-from kopt.plot.picture import BAD, COLORS, INK, QUIET, finished, imported, panels, saves, tidy
+from kopt.plot.picture import BAD, COLORS, INK, QUIET, Picture, finished, panels, saves, tidy
 
 LEVELS = 12
 WIDE = 30  # how many times the lowest loss the highest is for a logarithmic scale
 
 
-def slice_1d(model, x=None, y=None, *, metrics=None, ax=None, save=None, show: bool = False, **how):
+def slice_1d(model, x=None, y=None, *, metrics=None, ax=None, save=None, show: bool = False, **how) -> Picture:
     """Draw the loss of a model along a line of weights, with the points that it goes through, and the barriers.
 
     Args:
@@ -18,7 +19,7 @@ def slice_1d(model, x=None, y=None, *, metrics=None, ax=None, save=None, show: b
         y: The targets.
         metrics: What to draw, a name or a list, each in a panel. None: the loss, and the first metric if there is one.
         ax: The axes of matplotlib to draw in, as many as there are panels; None makes a new figure.
-        save: A file for the picture, or a list of them, as `"slice.png"`.
+        save: A path to write to, or several: .png, .svg, .pdf or .jpg.
         show: Whether to open a window.
         **how: Others of `kopt.landscape.slice_1d`: `points`, `n`, `update_bn`, ...
 
@@ -34,7 +35,7 @@ def slice_1d(model, x=None, y=None, *, metrics=None, ax=None, save=None, show: b
         >>> picture.data["loss"].tolist()
         [1.0, 2.0, 3.0, 2.0, 0.0]
     """
-    files, record = _begun(landscape.Slice, landscape.slice_1d, model, x, y, save, show, how)
+    files, record = _begun(landscape.Slice, landscape.slice_1d, model, x, y, metrics, ax, save, show, how)
     names = _names(record, metrics, 2)
     axes = panels(ax, 1, len(names), (7 if len(names) == 1 else 4 * len(names) + 1, 3.4), show)
     for place, (name, one) in enumerate(zip(names, axes, strict=True)):
@@ -43,7 +44,7 @@ def slice_1d(model, x=None, y=None, *, metrics=None, ax=None, save=None, show: b
     return finished(axes, data | {"marks": record.marks, "barriers": record.barriers}, files, show, record)
 
 
-def plane(model, x=None, y=None, *, metrics=None, ax=None, save=None, show: bool = False, **how):
+def plane(model, x=None, y=None, *, metrics=None, ax=None, save=None, show: bool = False, **how) -> Picture:
     """Draw the loss of a model in a plane of weights, with the points in it and the path from one to the next.
 
     The levels of the loss rise by equal factors above its lowest, so that the basin is seen; the highest tenth is one
@@ -55,7 +56,7 @@ def plane(model, x=None, y=None, *, metrics=None, ax=None, save=None, show: bool
         y: The targets.
         metrics: What to draw, a name or a list, each in a panel. None: the loss.
         ax: The axes of matplotlib to draw in, as many as there are panels; None makes a new figure.
-        save: A file for the picture, or a list of them, as `"plane.png"`.
+        save: A path to write to, or several: .png, .svg, .pdf or .jpg.
         show: Whether to open a window.
         **how: Others of `kopt.landscape.plane`: `points`, `n`, `update_bn`, ...
 
@@ -71,7 +72,7 @@ def plane(model, x=None, y=None, *, metrics=None, ax=None, save=None, show: bool
         >>> picture.data["lowest"].tolist()
         [0.0, 0.0, 0.0]
     """
-    files, record = _begun(landscape.Plane, landscape.plane, model, x, y, save, show, how)
+    files, record = _begun(landscape.Plane, landscape.plane, model, x, y, metrics, ax, save, show, how)
     names = _names(record, metrics, 1)
     axes = panels(ax, 1, len(names), (5.2 * len(names) + 0.8, 4.6), show)
     for name, one in zip(names, axes, strict=True):
@@ -81,12 +82,13 @@ def plane(model, x=None, y=None, *, metrics=None, ax=None, save=None, show: bool
     return finished(axes, data, files, show, record)
 
 
-def _begun(kind, compute, model, x, y, save, show, how) -> tuple:
+def _begun(kind, compute, model, x, y, metrics, ax, save, show, how) -> tuple:
     """The files to write, and the record: the one that is given, or that of the model."""
-    files = saves(save)
-    checks.boolean("show", show)
-    imported()
+    files = saves(save, ax, show)
+    _metrics(metrics)
     if not isinstance(model, kind):
+        if not isinstance(model, keras.Model):
+            checks.refuse("model", f"a keras.Model, or a kopt.landscape.{kind.__name__}", model)
         return files, compute(model, x, y, **how)
     for name, value in {"x": x, "y": y, **how}.items():
         if value is not None or name in how:
@@ -99,10 +101,16 @@ def _names(record, metrics, most) -> list[str]:
     known = [name for name, values in record.values.items() if values.ndim == record.loss.ndim]
     if metrics is None:
         return ["loss", *(name for name in known if name != "loss")][:most]
-    names = [metrics] if isinstance(metrics, str) else checks.listed("metrics", metrics)
-    if not names or not set(names) <= set(known):
+    names = _metrics(metrics)
+    if not set(names) <= set(known):
         checks.refuse("metrics", f"some of {', '.join(map(repr, known))}", metrics)
     return names
+
+
+def _metrics(metrics) -> list[str]:
+    """The names that are asked for."""
+    which = "the name of a metric, or a list of them"
+    return checks.optional(checks.one_or_several(checks.sentence, which))("metrics", metrics)
 
 
 def _line(ax, record, name, color) -> None:
@@ -125,9 +133,9 @@ def _line(ax, record, name, color) -> None:
 
 
 def _axis(record) -> str:
-    if len(record.marks) == 1:
-        return f"along a random direction ({record.unit})"
-    return "share of the way" if record.unit == "share of the way" else "position: a point at each integer"
+    if record.unit == "points passed":
+        return "position: a point at each integer"
+    return record.unit if record.unit == "share of the way" else f"along a random direction ({record.unit})"
 
 
 def _barrier(ax, record, leg) -> None:
@@ -176,7 +184,7 @@ def _levels(values, rises) -> np.ndarray:
     low, high = (seen.min(), seen.max()) if len(seen) else (0.0, 1.0)
     if not high > low:
         return np.array([low, low + max(1e-12, 1e-6 * abs(low))])
-    if not rises:
+    if not rises or not len(seen):
         return np.linspace(low, high, LEVELS)
     above = seen - low
     most = np.quantile(above, 0.9) or above.max()

@@ -3,11 +3,11 @@
 import numpy as np
 
 from kopt import checks
-from kopt.plot.picture import BAD, GOOD, INK, QUIET, Picture, finished, panels, saves, tidy
+from kopt.plot.picture import BAD, COLORS, GOOD, INK, QUIET, Picture, finished, panels, saves, tidy
 from kopt.range_test import RangeTest
 
-MARKS = {"valley": "#0072B2", "steepest": "#009E73", "minimum/10": "#E69F00"}
-STAGES = ["#56B4E9", "#0072B2", "#004466", "#000000"]
+MARKS = {"valley": COLORS[0], "steepest": COLORS[2], "minimum/10": COLORS[4]}
+STAGES = [COLORS[5], COLORS[0], "#004466", INK]
 
 
 def rate_range(record, *, ax=None, save=None, show: bool = False) -> Picture:
@@ -16,7 +16,7 @@ def rate_range(record, *, ax=None, save=None, show: bool = False) -> Picture:
     Args:
         record: What `kopt.find_learning_rate` returns.
         ax: The axes of matplotlib to draw in; None makes a new figure.
-        save: A path, or a list of them, to write the picture to.
+        save: A path to write to, or several: .png, .svg, .pdf or .jpg.
         show: Whether to open a window.
 
     Returns:
@@ -30,17 +30,17 @@ def rate_range(record, *, ax=None, save=None, show: bool = False) -> Picture:
         >>> picture.axes[0].get_xscale()
         'log'
     """
-    files = saves(save)
+    files = saves(save, ax, show)
     if not isinstance(record, RangeTest):
         checks.refuse("record", "a kopt.RangeTest, as kopt.find_learning_rate returns it", record)
     (ax,) = panels(ax, size=(8, 3.5), show=show)
     data = {name: getattr(record, name) for name in ("learning_rates", "losses")}
     data |= {name: getattr(record, name) for name in ("smoothed_learning_rates", "smoothed_losses")}
-    data["suggestions"] = np.array([*record.suggestions.values()], "float64")
     ax.plot(record.learning_rates, record.losses, ".", color=QUIET, markersize=4, label="loss of a batch")
     ax.plot(record.smoothed_learning_rates, record.smoothed_losses, color=INK, label="smoothed")
     for name, rate in record.suggestions.items():
         if rate is not None:
+            data[f"suggestion/{name}"] = rate
             ax.axvline(rate, color=MARKS[name], linestyle="--", label=f"{name}: {rate:.2g}")
     if record.diverged_at is not None:
         data["diverges"] = _diverges(record)
@@ -70,7 +70,7 @@ def search(result, *, ax=None, save=None, show: bool = False) -> Picture:
     Args:
         result: The `result` of a `kopt.tuner.LearningRateSearch`.
         ax: The axes of matplotlib to draw in; None makes a new figure.
-        save: A path, or a list of them, to write the picture to.
+        save: A path to write to, or several: .png, .svg, .pdf or .jpg.
         show: Whether to open a window.
 
     Returns:
@@ -85,7 +85,7 @@ def search(result, *, ax=None, save=None, show: bool = False) -> Picture:
         >>> [line.get_label() for line in kopt.plot.search(result).axes[0].lines]
         ['stage 1: 1 epoch', 'diverged', 'answer: 0.01']
     """
-    files = saves(save)
+    files = saves(save, ax, show)
     if not hasattr(result, "trials") or not hasattr(result, "cliff"):
         checks.refuse("result", "the `result` of a kopt.tuner.LearningRateSearch", result)
     rows = [row for row in result.trials if row["kind"] != "range test" and row["status"] == "COMPLETED"]

@@ -20,7 +20,7 @@ def snapshots(snap, *, output=None, ax=None, save=None, show: bool = False) -> P
         snap: A `kopt.callbacks.SnapshotEnsemble` after a `fit` with validation data, or its `results_`.
         output: The name of an output, of its place if it has none, where there are several; the first by default.
         ax: Two axes of matplotlib to draw in; None makes a new figure.
-        save: A path, or a list of them, to write the picture to.
+        save: A path to write to, or several: .png, .svg, .pdf or .jpg.
         show: Whether to open a window.
 
     Returns:
@@ -33,9 +33,9 @@ def snapshots(snap, *, output=None, ax=None, save=None, show: bool = False) -> P
         ...     "so_far": [{"rmse": 0.5}, {"rmse": 0.3}], "differences": [[0.0, 0.6], [0.6, 0.0]]}]
         >>> picture = kopt.plot.snapshots(results)  # or `snapshots(snap)`
         >>> [line.get_label() for line in picture.axes[0].lines]
-        ['the best one: 0.4000', 'the first ones together, in the end 0.3000', 'each snapshot']
+        ['the best one: 0.4000', 'the first ones together: 0.3000', 'each snapshot']
     """
-    files = saves(save)
+    files = saves(save, ax, show)
     found = _chosen(_results(snap), output)
     score, is_classes = next(iter(found["ensemble"])), "interval" in found
     data = {
@@ -46,9 +46,8 @@ def snapshots(snap, *, output=None, ax=None, save=None, show: bool = False) -> P
     if is_classes:
         data["intervals"] = [one["interval"] for one in found["so_far"]]
     axes = panels(ax, 1, 2, (8.2, 3.8), show, width_ratios=[1.3, 1])
-    _draw_scores(axes[0], data, score, max if is_classes else min)
-    of = "" if found["output"] is None else f"{found['output']}: "
-    axes[0].set_title(f"{of}one by one, and together", fontsize="medium")
+    of = "" if found["output"] is None else f" of {found['output']}"
+    _draw_scores(axes[0], data, f"{score}{of}", max if is_classes else min)
     what = "disagreement of two, % of rows" if is_classes else "difference of two, root mean square"
     _draw_differences(axes[1], np.array(data["differences"]), what, 100 if is_classes else 1)
     return finished(axes, data, files, show)
@@ -82,15 +81,14 @@ def _draw_scores(ax, data, score, best) -> None:
     """Each member as a point, the first so many together as a curve, the best member as a line."""
     places, top = np.arange(1, len(data["members"]) + 1), best(data["members"])
     ax.axhline(top, color=QUIET, linestyle="--", label=f"the best one: {top:#.4g}")
-    together = f"the first ones together, in the end {data['so_far'][-1]:#.4g}"
+    together = f"the first ones together: {data['so_far'][-1]:#.4g}"
     ax.plot(places, data["so_far"], "-s", color=GOOD, markersize=8, label=together)
     ax.plot(places, data["members"], "o", color=COLORS[1], markersize=5, label="each snapshot")
     if "intervals" in data:
         low, high = np.transpose(data["intervals"])
         ax.vlines(places, low, high, color=GOOD, alpha=0.4, linewidth=3, label="95 % interval")
-    tidy(ax, "snapshot", score)
+    tidy(ax, "snapshot", score, "above")
     ax.set_xticks(places if len(places) <= 12 else places[:: len(places) // 10])
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, ncols=2, fontsize="small")
 
 
 def _draw_differences(ax, table, what, times) -> None:

@@ -1,5 +1,6 @@
 """Paths on a map, and losses beside it: what a still picture and a moving one have in common."""
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,7 +60,7 @@ def title_of(record) -> str:
 
 def name_of(run) -> str:
     """A line of the legend: who, at which rate, and whether it diverged."""
-    rate = f"rate {run.learning_rate:.2g}" if run.learning_rate is not None else "line search" * run.is_search
+    rate = f"rate {run.learning_rate:g}" if run.learning_rate is not None else "line search" * run.is_search
     return ", ".join(part for part in (run.label, rate, run.end if run.diverged_at is not None else "") if part)
 
 
@@ -85,8 +86,10 @@ def drawn_paths(axes, record, losses) -> list[Path]:
     from matplotlib import patheffects
 
     drawn, edge = [], [patheffects.withStroke(linewidth=2.8, foreground=PAPER, alpha=0.7)]
-    for place, (run, color) in enumerate(zip(record.runs, colors(record.runs), strict=True)):
-        style = {"color": color, "linestyle": LINES[place // len(COLORS) % len(LINES)], "linewidth": 1.5}
+    used: Counter[str] = Counter()
+    for run, color in zip(record.runs, colors(record.runs), strict=True):
+        style = {"color": color, "linestyle": LINES[used[color] % len(LINES)], "linewidth": 1.5}
+        used[color] += 1
         points, values = run.points[: run.last + 1], run.losses[: run.last + 1]
         heads = _heads(points, record.view)
         (on_map,) = axes[0].plot(*points.T, **style, path_effects=edge, zorder=3)

@@ -22,15 +22,26 @@ SAME = {  # what would tell the files of two runs apart, by their ending
 
 
 class Picture:
-    """A figure of matplotlib, and the arrays that it shows: `figure, data = picture`.
+    """A figure of matplotlib, and the arrays that it shows: `figure, data = picture`. Functions of `kopt.plot` make it.
 
     A notebook shows it. What moves can be saved as `.gif` and as `.html`, a page by itself that plays it, too.
 
+    Args:
+        axes: The axes that are drawn in.
+        data: The arrays, by name.
+        record: What was drawn.
+        motion: What saves it as something that moves, if it does.
+
+    Example:
+        >>> import kopt
+        >>> picture = kopt.plot.schedule(kopt.schedules.CosineDecay(), steps=3)
+        >>> figure, data = picture
+        >>> data["CosineDecay()"].round(2).tolist()
+        [1.0, 0.75, 0.25]
+
     Attributes:
         figure: The figure, to change or to save in matplotlib's own ways.
-        axes: Its axes, in the order in which they are read.
-        data: The arrays, by name.
-        record: What was drawn, if drawing began with a computation; to be drawn again.
+        record: What was drawn, if drawing began with a computation, to be drawn again; otherwise None.
     """
 
     def __init__(self, axes, data: dict, record=None, motion=None):
@@ -85,11 +96,24 @@ def imported():
     return matplotlib
 
 
-def saves(save, moves: bool = False) -> list[str]:
-    """The files that `save=` names, if any; refused before anything is computed."""
+def saves(save, ax=None, show=False, moves: bool = False) -> list[str]:
+    """The files that `save=` names, if any; what cannot be drawn into or shown is refused before anything is done."""
+    if ax is not None:
+        axes_of(ax)
+    if checks.boolean("show", show) and ax is not None:
+        checks.refuse("show", "False beside `ax`, whose figure is yours to show", show)
+    imported()
     if save is None:
         return []
     return _checked("save", save if isinstance(save, (list, tuple)) else [save], moves)
+
+
+def axes_of(ax) -> list:
+    """The axes of matplotlib that are given: one, a list or an array of them."""
+    given = [ax] if hasattr(ax, "plot") else list(np.ravel(np.asarray(ax, object)))
+    if not given or not all(hasattr(one, "plot") for one in given):
+        checks.refuse("ax", "axes of matplotlib, or a list of them", ax)
+    return given
 
 
 def _checked(name, files, moves) -> list[str]:
@@ -98,7 +122,7 @@ def _checked(name, files, moves) -> list[str]:
     if not moves:
         allowed += "; only what moves can be a .gif or .html" * any(str(f).lower().endswith(MOVING) for f in files)
     for file in files:
-        if not isinstance(file, (str, os.PathLike)) or not os.fspath(file).lower().endswith(endings):
+        if not isinstance(file, (str, os.PathLike)) or os.path.splitext(str(file))[1].lower() not in endings:
             checks.refuse(name, allowed, file)
     return [os.fspath(file) for file in files]
 
@@ -108,14 +132,11 @@ def panels(ax, rows: int = 1, columns: int = 1, size=(7, 3.5), show: bool = Fals
 
     A figure is no window: pyplot, which keeps one open, is asked only if it shall be shown.
     """
-    checks.boolean("show", show)
     if ax is not None:
-        given = [ax] if hasattr(ax, "plot") else list(np.ravel(np.asarray(ax, object)))
-        if len(given) != rows * columns or not all(hasattr(one, "plot") for one in given):
-            what = "axes of matplotlib" if rows * columns == 1 else f"{rows * columns} axes of matplotlib"
-            checks.refuse("ax", what, ax)
+        given, count = axes_of(ax), rows * columns
+        if len(given) != count:
+            checks.refuse("ax", "one of matplotlib's axes" if count == 1 else f"{count} axes of matplotlib", ax)
         return given
-    imported()
     if show:
         from matplotlib import pyplot
 

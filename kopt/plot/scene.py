@@ -47,7 +47,7 @@ def scene(record, paths, losses, title) -> dict:
         "runs": [
             {
                 "label": path.run.label,
-                "note": "" if path.run.learning_rate is None else f"{path.run.learning_rate:.2g}",
+                "note": "" if path.run.learning_rate is None else f"{path.run.learning_rate:g}",
                 "color": path.on_map.get_color(),
                 "points": path.points.tolist(),
                 "losses": losses.shown(path.losses).tolist(),

@@ -9,7 +9,7 @@ import numpy as np
 from kopt import callbacks, checks, schedules
 from kopt.callbacks import stages
 from kopt.callbacks.snapshots import split, waves
-from kopt.plot.picture import finished, panels, saves, styles, tidy
+from kopt.plot.picture import Picture, finished, panels, saves, styles, tidy
 from kopt.schedules.time import Time
 
 RATE = "learning_rate"
@@ -17,7 +17,7 @@ RESTARTING, MOST = ("learning rate", "value"), 40  # what has restarts, and of o
 SHOWN = "schedules, callbacks that follow one, StagedUnfreeze, SnapshotEnsemble, RateMonitor, and lists of callbacks"
 
 
-class Curve(NamedTuple):
+class Line(NamedTuple):
     """The values of one quantity, step by step."""
 
     quantity: str
@@ -46,13 +46,13 @@ def schedule(
     model=None,
     ax=None,
     save=None,
-    show=False,
-):
+    show: bool = False,
+) -> Picture:
     """Draw schedules beside each other, what callbacks make of a fit, or the rates that a callback has kept.
 
     A list of callbacks is drawn as `fit` would have it: what multiplies is multiplied, and where `StagedUnfreeze` is
     among them, there is a line for each group of weights, its multiplier times the rate. Learning rate, momentum and
-    whatever else has a panel each; dotted lines mark restarts, where a value turns up after it has fallen.
+    whatever else has a panel each. Dotted lines mark the first 40 restarts of a rate, where it turns up after it fell.
 
     Args:
         shown: Schedules of kopt or Keras, callbacks of kopt that follow one, `StagedUnfreeze`, `SnapshotEnsemble` and
@@ -63,7 +63,7 @@ def schedule(
         model: The model whose weights `StagedUnfreeze` picks, needed where it does so by pattern.
         ax: The axes of matplotlib to draw in, one for each quantity; None makes a new figure.
         save: A path to write to, or several: .png, .svg, .pdf or .jpg.
-        show: Open a window.
+        show: Whether to open a window.
 
     Returns:
         A `Picture`, whose data are the values by label, and `<label>/restarts` where there are any.
@@ -77,7 +77,7 @@ def schedule(
         >>> list(kopt.plot.schedule(fit, steps=100).data)
         ['learning rate', 'momentum']
     """
-    files = saves(save)
+    files = saves(save, ax, show)
     if not shown:
         checks.refuse("shown", "one schedule or callback at least", shown)
     steps = checks.optional(checks.count(1))("steps", steps) or 1000
@@ -128,7 +128,7 @@ def restarts(values) -> np.ndarray:
     return np.array(turns, int) + np.array(jumps, int)
 
 
-def _told_apart(curves) -> list[Curve]:
+def _told_apart(curves) -> list[Line]:
     """The curves with labels of which there is one each."""
     seen: dict[str, int] = {}
     found = []
@@ -138,24 +138,24 @@ def _told_apart(curves) -> list[Curve]:
     return found
 
 
-def _curves(one, span) -> list[Curve]:
+def _curves(one, span) -> list[Line]:
     """The curves of what is drawn by itself."""
     if isinstance(one, (list, tuple)):
         return _of_fit(list(one), span)
     if isinstance(one, callbacks.RateMonitor):
         if not one.history:
             checks.refuse("shown", "a callback that has seen a `fit`", one)
-        return [Curve(_words(name), _words(name), values) for name, values in one.history.items()]
+        return [Line(_words(name), _words(name), values) for name, values in one.history.items()]
     if isinstance(one, callbacks.StagedUnfreeze):
-        return [Curve("multiplier", track.name, _of_track(track, span)) for track in _tracks(one, span)]
+        return [Line("multiplier", track.name, _of_track(track, span)) for track in _tracks(one, span)]
     if driven := _driven(one, span):
         labels = [repr(each) if len(driven) == 1 else f"{one.name}: {_words(name)}" for name, each in driven.items()]
         values = [_preview(each, name, span) for name, each in driven.items()]
-        return [Curve(_words(name), *rest) for name, *rest in zip(driven, labels, values, strict=True)]
+        return [Line(_words(name), *rest) for name, *rest in zip(driven, labels, values, strict=True)]
     if isinstance(one, schedules.Schedule):
-        return [Curve("value", repr(one), _preview(one, RATE, span))]
+        return [Line("value", repr(one), _preview(one, RATE, span))]
     if isinstance(one, keras.optimizers.schedules.LearningRateSchedule):
-        return [Curve("value", type(one).__name__, np.array([float(one(step)) for step in range(span.steps)]))]
+        return [Line("value", type(one).__name__, np.array([float(one(step)) for step in range(span.steps)]))]
     return checks.refuse("shown", SHOWN, one)
 
 
@@ -183,7 +183,7 @@ def _preview(one, name, span) -> np.ndarray:
     return one.preview(span.steps, steps_per_epoch=span.steps_per_epoch, base=base)
 
 
-def _of_fit(listed, span) -> list[Curve]:
+def _of_fit(listed, span) -> list[Line]:
     """What all of these callbacks make of one fit: the product for each number, the rate for each group of weights."""
     if not listed:
         checks.refuse("shown", SHOWN, listed)
@@ -205,9 +205,9 @@ def _of_fit(listed, span) -> list[Curve]:
     curves = []
     for name, parts in together.items():
         values, has_groups = _product(name, parts, span), name == RATE and bool(tracks)
-        curves.append(Curve(_words(name), "all others" if has_groups else _words(name), values))
+        curves.append(Line(_words(name), "all others" if has_groups else _words(name), values))
         if has_groups:
-            curves += [Curve(_words(name), track.name, values * _of_track(track, span)) for track in tracks]
+            curves += [Line(_words(name), track.name, values * _of_track(track, span)) for track in tracks]
     return curves
 
 
@@ -216,8 +216,11 @@ def _product(name, parts, span) -> np.ndarray:
     if len(own) > 1:
         checks.refuse("shown", f"such that only one gives `{name}` a value of its own", own)
     values = np.full(span.steps, span.base if name == RATE else 1.0)
-    for part in own + [part for part in parts if part.is_factor]:
-        values = _preview(part, name, span) if part in own else values * _preview(part, "", span)
+    if own:
+        values = _preview(own[0], name, span)
+    for part in parts:
+        if part.is_factor:
+            values = values * part.preview(span.steps, steps_per_epoch=span.steps_per_epoch)
     return values
 
 

@@ -3,7 +3,7 @@
 from kopt import checks, landscape
 from kopt.plot.animation import Motion
 from kopt.plot.paths import Losses, draw_map, drawn_paths, title_of
-from kopt.plot.picture import finished, panels, saves, tidy
+from kopt.plot.picture import Picture, finished, panels, saves, tidy
 from kopt.plot.scene import caption, scene
 
 
@@ -18,8 +18,8 @@ def trajectories(
     title: str | None = None,
     ax=None,
     save=None,
-    show=False,
-):
+    show: bool = False,
+) -> Picture:
     """Run optimizers on a surface of two weights, and draw where they go and how the loss falls.
 
     A still picture, or one that moves: `save="beale.gif"`, and `save="beale.html"` for a page by itself with which to
@@ -41,7 +41,7 @@ def trajectories(
         title: Above the map.
         ax: Two axes of matplotlib to draw in, for the map and the losses; None makes a new figure.
         save: A path to write to, or several: .png, .svg, .pdf, .jpg, .gif or .html.
-        show: Open a window.
+        show: Whether to open a window.
 
     Returns:
         A `Picture`, whose `record` is what `kopt.landscape.trajectories` returns. Its data are `x`, `y`, `z` of the map
@@ -53,7 +53,7 @@ def trajectories(
         >>> [line.get_label() for line in picture.axes[1].lines]
         ['momentum, rate 0.003', 'L-BFGS, line search']
     """
-    files = saves(save, moves=True)
+    files = saves(save, ax, show, moves=True)
     title = checks.optional(checks.sentence)("title", title)
     asked = {"surface": surface, "steps": steps, "start": start, "view": view, "tune": tune}
     asked = {name: value for name, value in asked.items() if value is not None}
