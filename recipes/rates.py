@@ -56,7 +56,7 @@ def table(picture) -> list[dict]:
     """Each rate, what is said of it, and its mean loss after some epochs."""
     rows = []
     for rate, judged in zip(picture.data["rates"], picture.data["judgements"], strict=True):
-        mean = picture.data[f"{rate:.6g} mean"]
+        mean = picture.data[f"{rate:g} mean"]
         after = {epoch: float(mean[epoch - 1]) for epoch in (1, 2, 5, len(mean)) if epoch <= len(mean)}
         rows.append({"rate": float(rate), "judged": str(judged), "after": {str(n): loss for n, loss in after.items()}})
     return rows

@@ -89,7 +89,7 @@ def test_nothing_else_is_evaluated(text):
         (["trajectories", "-o", "x.mp4"], "`save` must be a path"),
         (["trajectories"], "required: -o/--output"),
         (["schedule", "CosineDecay(final=2)"], "`final` must be a number in [0, 1]"),
-        (["schedule", "StepDecay(0.5)"], "it counts epochs: give `steps_per_epoch`, too"),
+        (["schedule", "StepDecay(0.5)"], "StepDecay(every_epochs=10) counts epochs: give `steps_per_epoch`, too"),
         (["schedule", "StepDecay(0.5, every=3)"], "unexpected keyword argument 'every'"),
         (["history", "nowhere.csv", "-o", "x.png"], "nowhere.csv"),
         ([], "required: COMMAND"),

@@ -52,9 +52,11 @@ def test_what_keras_writes_is_read(tmp_path):
     assert of_history["val_mae"].values.tolist() == history.history["val_mae"]
     for other in of_files:
         assert other.keys() == of_history.keys()
-        for metric, (epochs, values) in of_history.items():
-            np.testing.assert_array_equal(other[metric].epochs, epochs)
-            np.testing.assert_allclose(other[metric].values, values, rtol=1e-6)
+        for metric, curve in of_history.items():
+            np.testing.assert_array_equal(other[metric].epochs, curve.epochs)
+            np.testing.assert_allclose(other[metric].values, curve.values, rtol=1e-6)
+    assert "validation, epochs guessed" in labels(kopt.plot.history(history, metrics="mae").axes[0])
+    assert "validation" in labels(kopt.plot.history(files[0], metrics="mae").axes[0])
     assert runs.read("runs", history.history)["loss"].epochs.tolist() == [1, 2, 3, 4, 5]  # a dict has no epochs
 
 
@@ -92,8 +94,8 @@ def test_bands_are_of_the_runs_there_are(is_range):
     lengths, table = [9, 9, 7, 5, 2], np.full((5, 9), NAN)
     tables[0, 3], tables[1, 8] = NAN, INF
     curves = [runs.Curve(np.arange(1, n + 1), row[:n]) for row, n in zip(tables, lengths, strict=True)]
-    for row, (epochs, values) in zip(table, curves, strict=True):
-        row[epochs - 1] = values
+    for row, curve in zip(table, curves, strict=True):
+        row[curve.epochs - 1] = curve.values
     band = runs.band(curves, is_range)
     for place, column in enumerate(table.T):
         there = column[np.isfinite(column)]
@@ -106,6 +108,11 @@ def test_bands_are_of_the_runs_there_are(is_range):
         np.testing.assert_allclose(found, wanted, rtol=1e-12)
     assert band.epochs.tolist() == list(range(1, 10))
     assert np.isnan(runs.band([runs.Curve(np.array([1]), np.array([NAN]))], is_range).mean[0])
+
+
+def test_files_of_a_spreadsheet_are_read(tmp_path):
+    (tmp_path / "x.csv").write_text("epoch,loss\n0,4.0\n", encoding="utf-8-sig")
+    assert runs.read("runs", tmp_path / "x.csv")["loss"].values.tolist() == [4.0]
 
 
 # history
@@ -249,8 +256,12 @@ def test_rates_of_trainings(tmp_path):
     picture = kopt.plot.rates({0.1: [history, history.history], 1: file}, metric="mae")
     np.testing.assert_allclose(picture.data["0.1 mean"], history.history["mae"])
     assert picture.data["1 mean"].tolist() == [9.0, 0.0]
-    with pytest.raises(ValueError, match="`metric` must be one of loss, mae. Received: metric='accuracy'"):
-        kopt.plot.rates({0.1: history, 1: file}, metric="accuracy")
+    with pytest.raises(ValueError, match="`metric` must be one of loss, mae. Received: metric='mse'"):
+        kopt.plot.rates({0.1: history, 1: file}, metric="mse")
+    with pytest.raises(ValueError, match="`metric` must be one that is the better the lower it is, as a loss"):
+        kopt.plot.rates({0.1: history, 1: file}, metric="val_accuracy")
+    with pytest.raises(ValueError, match="this one has recorded nothing"):
+        kopt.plot.history(keras.callbacks.History())
 
 
 @pytest.mark.parametrize(

@@ -234,11 +234,11 @@ def test_picture(tmp_path):
     picture = kopt.plot.groups(HISTORY | STAGES, save=tmp_path / "groups.png")
     assert (tmp_path / "groups.png").stat().st_size > 5000
     above, below = picture.axes
-    assert words(above) == ["base (0 in epochs 1–2)", "head", "about 1e-3 is healthy"]
+    assert words(above) == ["base (0 in epochs 1–2)", "head (not finite in epoch 1)", "about 1e-3 is healthy"]
     assert words(below) == ["learning rate", "base (0 in epochs 1–2)"]
     drawn = {line.get_label(): line for ax in picture.axes for line in ax.lines}
     np.testing.assert_array_equal(above.lines[0].get_ydata(), [np.nan, np.nan, 1e-4, 2e-4])
-    np.testing.assert_array_equal(drawn["head"].get_ydata(), [np.nan, 1e-2, 5e-3, 1e-3])
+    np.testing.assert_array_equal(drawn["head (not finite in epoch 1)"].get_ydata(), [np.nan, 1e-2, 5e-3, 1e-3])
     np.testing.assert_allclose(drawn["base (0 in epochs 1–2)"].get_ydata()[2:], [0.01, 0.001])
     assert above.lines[0].get_color() == below.lines[1].get_color()
     (bar,) = (line for line in above.lines if line.get_label() == "_bar")
@@ -262,7 +262,20 @@ def test_picture_of_less():
     several = kopt.plot.groups(HISTORY | {"learning_rate_sgd": [0.1] * 4, "learning_rate_adam": [0.2] * 4})
     assert words(several.axes[1]) == ["learning rate_sgd", "learning rate_adam"]
     still = kopt.plot.groups({"update_ratio/a": [0.0, 0.0], "update_ratio/b": [0.0, np.nan]})
-    assert words(still.axes[0])[:2] == ["a (0 in all epochs)", "b (0 in epoch 1)"]
+    assert words(still.axes[0])[:2] == ["a (0 in all epochs)", "b (0 in epoch 1; not finite in epoch 2)"]
+
+
+def test_picture_of_many_layers():
+    """All names stand below the picture, which keeps its size."""
+    many = {f"update_ratio/block{i}/conv": [1e-3 * (i + 1), 2e-3] for i in range(30)}
+    picture = kopt.plot.groups(many)
+    picture._repr_png_()
+    (legend,) = picture.figure.legends
+    assert len(legend.get_texts()) == 31
+    box, whole = legend.get_window_extent(), picture.figure.bbox
+    assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+    assert box.y1 < picture.axes[0].get_window_extent().y0
+    assert picture.axes[0].get_window_extent().height > 0.3 * whole.height
 
 
 def test_picture_of_a_fit_that_begins_later():

@@ -143,6 +143,35 @@ def test_nothing_is_far_without_a_view():
     assert run.losses[-1] < 0.1
 
 
+def test_tries_of_a_line_search_are_not_divergence():
+    for surface in ("rosenbrock", "himmelblau"):
+        (run,) = trajectories("ssbroyden", surface).runs
+        assert run.end == ""
+        assert run.losses[-1] < 1e-6
+
+
+def test_a_gradient_that_is_not_finite_ends_a_run_everywhere():
+    (run,) = trajectories(kopt.SGD(100.0, nonfinite="raise"), "beale", steps=30).runs
+    assert run.diverged_at < 5
+
+
+def branching(x, y):
+    return x * x + y * y if x > 0 else 2 * x * x + y * y
+
+
+BY_POINT = {
+    "cond": lambda x, y: ops.cond(x > 0, lambda: x * x + y * y, lambda: 2 * x * x + y * y),
+    "norm": lambda x, y: ops.sum(ops.square(ops.stack([x, y]))) + ops.where(x > 0, 0.0, 1.0) * x * x,
+} | ({"branches": branching} if BACKEND == "torch" else {})
+
+
+@pytest.mark.parametrize("name", BY_POINT)
+def test_a_function_of_one_point_at_a_time(name):
+    found = trajectories("sgd=0.1", BY_POINT[name], start=(1, 1), view=((-2, 2), (-2, 2)), steps=3)
+    x, y = np.meshgrid(found.x, found.y)
+    np.testing.assert_allclose(found.z, np.where(x > 0, 1, 2) * x**2 + y**2, rtol=1e-5, atol=1e-6)
+
+
 def test_the_last_step_counts():
     found = trajectories("sgd=0.1", lambda x, y: -x - y, steps=10)
     assert found.lowest < found.runs[0].losses[-1] == pytest.approx(-4.0)
@@ -188,6 +217,8 @@ BAD = [
     ({"optimizers": [3]}, "`optimizers` must be a name, an optimizer.* Received: optimizers=3"),
     ({"optimizers": {"": "sgd"}}, "`optimizers` must be a non-empty string"),
     ({"optimizers": "keras.MultiOptimizer"}, "`optimizers` must be of 'sgd', "),
+    ({"optimizers": keras.optimizers.LossScaleOptimizer(kopt.Adam())}, "`optimizers` must be without others in them"),
+    ({"optimizers": keras.optimizers.SGD(lambda: 0.1)}, "`optimizers` must be such that a copy can be made"),
     ({"optimizers": "adam=fast"}, "`optimizers` must be with a number behind '='. Received: optimizers='adam=fast'"),
     ({"optimizers": "lbfgs=0.1"}, "`optimizers` must be without a rate where there is none"),
     ({"optimizers": "adam=-1"}, "`learning_rate` must be"),
@@ -258,6 +289,37 @@ def test_what_has_the_same_color_has_other_dashes():
     assert len(set(looks)) == 10
     assert looks[3:] == [(COLOR_OF[name], "-") for name in list(COLOR_OF)[:7]]
     assert picture.axes[1].lines[2].get_label() == "keras.Adamax, rate 0.125"
+
+
+def test_long_and_odd_names_are_shown(tmp_path):
+    names = {f"{i} {'a long name ' * i}": "sgd=0.01" for i in range(6)} | {"a $x_{ b$": "adam=0.1", "_c": "adam=0.2"}
+    picture = kopt.plot.trajectories(names, "bowl", steps=3, save=tmp_path / "x.png")
+    (legend,) = picture.figure.legends
+    assert [text.get_text() for text in legend.get_texts()][-2:] == [r"a \$x_{ b\$, rate 0.1", " _c, rate 0.2"]
+    assert legend.get_window_extent().x1 <= picture.figure.bbox.x1
+
+
+def test_a_start_at_the_minimum_is_drawn(tmp_path):
+    for surface in (lambda x, y: x**2 + y**2, lambda x, y: 0 * x + 1):
+        picture = kopt.plot.trajectories("sgd=0.1", surface, start=(0, 0), steps=4, save=tmp_path / "x.png")
+        assert picture.record.view == ((-1, 1), (-1, 1))
+        assert picture.axes[1].get_yscale() == "linear"
+
+
+def test_a_picture_is_the_same_in_any_style(record, tmp_path):
+    kopt.plot.trajectories(record, save=[tmp_path / "a.png", tmp_path / "a.gif", tmp_path / "a.html"])
+    with matplotlib.style.context("dark_background"):
+        picture = kopt.plot.trajectories(record)
+        picture.save(tmp_path / "b.png", tmp_path / "b.gif", tmp_path / "b.html")
+        assert matplotlib.rcParams["axes.facecolor"] == "black"
+    for ending in ("png", "gif", "html"):
+        assert (tmp_path / f"a.{ending}").read_bytes() == (tmp_path / f"b.{ending}").read_bytes()
+
+
+def test_a_home_folder_is_found(record, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kopt.plot.trajectories(record, save="~/x.png")
+    assert (tmp_path / "x.png").exists()
 
 
 def test_files_are_the_same_whenever_they_are_written(record, tmp_path):

@@ -40,6 +40,8 @@ class Evaluation:
         self.batches = [tuple(map(_kept, batch)) for batch in _read(*given, self.batch_size)]
         if not self.batches:
             checks.refuse("x", "not empty", given[0])
+        if model.loss is not None and any(y is None for _, y, _ in self.batches):
+            checks.refuse("x", "with the targets that the loss compares with", type(given[0]).__name__)
         self.inputs = self.batches
         if is_data and self.statistics is not None:
             self.inputs = [(x,) for x in batches(update_bn, self.batch_size)]

@@ -1,5 +1,6 @@
 """Surfaces in two dimensions to watch an optimizer on."""
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -65,19 +66,39 @@ class Surface:
         is_of_two = checks.takes(self.function, 2)
         return ops.reshape(self.function(point[0], point[1]) if is_of_two else self.function(point), ())
 
+    @functools.cached_property
+    def takes_arrays(self) -> bool:
+        """Whether the function of arrays is that of each entry: some make one number of all, or branch on one."""
+        if not checks.takes(self.function, 2):
+            return False
+        points = np.asarray(self.start) + np.random.default_rng(0).normal(size=(7, 2))
+        x, y = _tensors(*points.T)
+        try:
+            together = ops.convert_to_numpy(ops.convert_to_tensor(self.function(x, y)))
+        except Exception:  # whatever a function raises that takes one point at a time
+            return False
+        alone = [float(ops.convert_to_numpy(self.of_point(point))) for point in _tensors(points)[0]]
+        return together.shape == (7,) and np.allclose(together, alone, rtol=1e-4, atol=1e-6, equal_nan=True)
+
     def values(self, x, y) -> np.ndarray:
         """The loss at points whose coordinates lie in two arrays of one shape."""
-        x, y = (ops.convert_to_tensor(np.asarray(part, "float64"), keras.config.floatx()) for part in (x, y))
-        found = self.function(x, y) if checks.takes(self.function, 2) else None
-        if found is None or tuple(found.shape) != tuple(x.shape):  # it makes one number of all that it is given
-            points = ops.stack([ops.reshape(x, (-1,)), ops.reshape(y, (-1,))], 1)
-            found = ops.reshape(ops.vectorized_map(self.of_point, points), x.shape)
-        return ops.convert_to_numpy(found).astype("float64")
+        if self.takes_arrays:
+            return ops.convert_to_numpy(self.function(*_tensors(x, y))).astype("float64")
+        points = _tensors(np.stack([np.ravel(x), np.ravel(y)], 1))[0]
+        try:
+            found = ops.vectorized_map(self.of_point, points)
+        except Exception:  # as for a branch on torch: one by one, slowly
+            found = ops.stack([self.of_point(point) for point in points])
+        return ops.convert_to_numpy(found).astype("float64").reshape(np.shape(x))
 
     def grid(self, view) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The coordinates of a grid over a view, and the loss at its points, rows first."""
         x, y = (np.linspace(*span, GRID) for span in view)
         return x, y, self.values(*np.meshgrid(x, y))
+
+
+def _tensors(*arrays) -> list:
+    return [ops.convert_to_tensor(np.asarray(array, "float64"), keras.config.floatx()) for array in arrays]
 
 
 def _two(value) -> list:

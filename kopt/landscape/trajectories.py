@@ -272,9 +272,9 @@ class _Path:
             if self.surface.view:
                 middle, half = np.mean(self.surface.view, 1), np.ptp(self.surface.view, 1) / 2
                 lost |= (np.abs(points - middle) > FAR * half).any(1)
-        if not lost.any():
+        if not lost[-1]:  # what comes back, as from a try of a line search, was not lost
             return None, False
-        gone = int(np.argmax(lost))
+        gone = len(lost) - int(np.argmin(lost[::-1])) if not lost.all() else 0
         last = losses[gone] if np.isfinite(losses[gone]) else losses[max(gone - 1, 0)]
         return gone, bool(last < losses[0])
 
@@ -288,5 +288,5 @@ def _around(runs):
     """A view that has all paths in it, with a margin."""
     points = np.concatenate([run.points[run.there] for run in runs])
     low, high = points.min(0), points.max(0)
-    room = np.maximum(0.15 * (high - low), [0.1 * max(np.ptp(points, 0).max(), 1e-3)] * 2)
+    room = np.maximum(0.15 * (high - low), 0.1 * np.ptp(points, 0).max() or 1.0)
     return tuple((float(a), float(b)) for a, b in zip(low - room, high + room, strict=True))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import keras
 
 from kopt import checks
+from kopt._keras import stepping
 from kopt.optimizers.named import RULES, SOLVERS
 from kopt.optimizers.quasi_newton.optimizer import QuasiNewton
 
@@ -80,7 +81,17 @@ def _of_keras(word):
 
 
 def _copy(optimizer):
-    return type(optimizer).from_config(optimizer.get_config())
+    """One of the same config; a gradient that is not finite ends a run, it raises nothing."""
+    if stepping.within(optimizer):
+        checks.refuse("optimizers", "without others in them: give the inner one", type(optimizer).__name__)
+    try:
+        config = optimizer.get_config()
+        if config.get("nonfinite") == "raise":
+            config["nonfinite"] = "apply"
+        return type(optimizer).from_config(config)
+    except Exception as error:
+        allowed = f"such that a copy can be made from its config ({error})"
+        return checks.refuse("optimizers", allowed, type(optimizer).__name__)
 
 
 def _is_tunable(optimizer) -> bool:

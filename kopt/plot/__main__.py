@@ -99,6 +99,8 @@ def main(arguments=None) -> None:
         given.draw(given)
     except (ValueError, ImportError, OSError) as error:
         given.parser.exit(2, f"{given.parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        given.parser.exit(130, "interrupted\n")
     for file in given.output or ():
         print(f"{file}: {max(1, os.path.getsize(file) // 1024)} KB")
 

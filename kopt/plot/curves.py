@@ -3,9 +3,22 @@
 from kopt import checks
 from kopt.callbacks.polyak import OWN
 from kopt.plot import runs as reading
-from kopt.plot.picture import COLORS, INK, QUIET, Picture, finished, imported, panels, saves, tidy
+from kopt.plot.picture import (
+    COLORS,
+    INK,
+    QUIET,
+    Picture,
+    finished,
+    imported,
+    in_own_style,
+    label_of,
+    panels,
+    saves,
+    tidy,
+)
 
 
+@in_own_style
 def history(*runs, metrics=("loss",), ax=None, save=None, show: bool = False) -> Picture:
     """Draw what trainings have recorded after each epoch: a curve for one, a band for several that differ by seed.
 
@@ -56,12 +69,17 @@ def history(*runs, metrics=("loss",), ax=None, save=None, show: bool = False) ->
 
 def _panel(ax, found, metric, has_legend) -> dict:
     """Draw one metric of each group."""
-    data, kinds = {}, [kind for kind in ("val_", "") if any(kind + metric in run for g in found.values() for run in g)]
+    data, guessed, kinds = (
+        {},
+        False,
+        [kind for kind in ("val_", "") if any(kind + metric in run for g in found.values() for run in g)],
+    )
     for (name, group), color in zip(found.items(), COLORS, strict=False):
         label = None
         for kind in kinds:
             curves = [run[kind + metric] for run in group if kind + metric in run]
             if curves:
+                guessed |= kind == "val_" and any(curve.is_guess for curve in curves)
                 style = "-" if kind == kinds[0] else "--"
                 shown = reading.band(curves, len(curves) < 3)
                 label = _said(name, curves, shown) if label is None else "_"
@@ -69,7 +87,7 @@ def _panel(ax, found, metric, has_legend) -> dict:
                 _mark_ends(ax, curves, color)
                 data |= reading.held(f"{name} {kind}{metric}", shown)
     if len(kinds) == 2:
-        for label, style in (("validation", "-"), ("training", "--")):
+        for label, style in ((f"validation{', epochs guessed' * guessed}", "-"), ("training", "--")):
             ax.plot([], [], style, color=INK, label=label)
     is_training = kinds == [""] and not metric.startswith("val_")
     _tidy(ax, f"training {metric}" if is_training else metric, "above" if has_legend else None)
@@ -91,7 +109,7 @@ def _said(name, curves, shown) -> str:
     last = sum(int(curve.epochs[-1] == shown.epochs[-1]) for curve in curves)
     how += f", {last} to the end" * (last < many) + f", {lost} not finite" * (many > 1 and lost > 0)
     how += "not finite" * (many == 1 and lost > 0)
-    return f"{name}: {how}" if name and how else name or how
+    return label_of(f"{name}: {how}" if name and how else name or how)
 
 
 def _mark_ends(ax, curves, color) -> None:
@@ -102,6 +120,7 @@ def _mark_ends(ax, curves, color) -> None:
             ax.plot(curve.epochs[last - 1], curve.values[last - 1], "x", color=color, label="_")
 
 
+@in_own_style
 def average(history, *, metric: str = "loss", ax=None, save=None, show: bool = False) -> Picture:
     """Draw what averaging the weights was worth: the raw weights and the averaged ones on the validation data.
 

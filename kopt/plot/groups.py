@@ -7,13 +7,28 @@ import numpy as np
 from kopt import checks
 from kopt.callbacks import ratios, unfreeze
 from kopt.plot import runs
-from kopt.plot.picture import GOOD, Picture, axes_of, finished, imported, panels, saves, styles, tidy
+from kopt.plot.picture import (
+    GOOD,
+    Picture,
+    axes_of,
+    columns_of,
+    finished,
+    imported,
+    in_own_style,
+    label_of,
+    panels,
+    saves,
+    styles,
+    tidy,
+)
 
 HEALTHY, AROUND = 1e-3, (1e-3 / 3, 3e-3)
 RATIO, MULTIPLIER, RATE = ratios.PREFIX, unfreeze.PREFIX, "learning_rate"
+BESIDE = 12  # names that a legend beside the picture has room for
 ROW = 0.045  # of the height of the axes, for the bar of a group that rests
 
 
+@in_own_style
 def groups(history, *, ax=None, save=None, show: bool = False) -> Picture:
     """Draw how much of itself each group of weights moves at an update, and the rate that each group has.
 
@@ -46,16 +61,21 @@ def groups(history, *, ax=None, save=None, show: bool = False) -> Picture:
     if ax is not None and len(axes_of(ax)) == 1:
         rates = {}
     count = 1 + bool(rates)
-    axes = panels(ax, count, size=(7.6, 0.8 + 2.5 * count), show=show, sharex=True)
     labels = list(dict.fromkeys(_label(name) for name in moved | rates))
     styled = dict(zip(labels, styles(len(labels)), strict=True))
+    below = max(len(moved), len(rates)) > BESIDE and ax is None  # where all names are in one legend
+    axes = panels(ax, count, size=(7.6, 0.8 + 2.5 * count + 0.12 * len(labels) * below), show=show, sharex=True)
     axes[0].axhspan(*AROUND, color=GOOD, alpha=0.15, linewidth=0)
     _draw(axes[0], epochs, moved, styled, AROUND)
     axes[0].axhline(HEALTHY, color=GOOD, linewidth=1, alpha=0.6, label="about 1e-3 is healthy")
-    tidy(axes[0], "" if rates else "epoch", "|change| / |weights|", "beside")
+    tidy(axes[0], "" if rates else "epoch", "|change| / |weights|", None if below else "beside")
     if rates:
         _draw(axes[1], epochs, rates, styled)
-        tidy(axes[1], "epoch", quantity, "beside")
+        tidy(axes[1], "epoch", quantity, None if below else "beside")
+    if below:
+        handles, names = axes[0].get_legend_handles_labels()
+        look = {"loc": "outside lower center", "ncols": columns_of(names, 110), "frameon": False, "fontsize": 8}
+        axes[0].figure.legend(handles, names, **look)
     return finished(axes, {"epochs": epochs} | moved | rates, files, show)
 
 
@@ -95,10 +115,13 @@ def _draw(ax, epochs, curves, styled, seen=()) -> None:
     _scale(ax, np.concatenate([*lines.values(), seen]), sum(rests.any() for rests in still.values()))
     row = 0
     for name, line in lines.items():
-        label, style, rests = _label(name), styled[_label(name)], still[name]
-        where = f" (0 in {_spans(epochs, rests)})" if rests.any() else ""
-        ax.plot(epochs, line, marker="o", markersize=3, label=label + where, **style)
-        if where:
+        style, rests, lost = styled[_label(name)], still[name], ~np.isfinite(curves[name])
+        notes = [
+            f"{said} in {_spans(epochs, when)}" for said, when in (("0", rests), ("not finite", lost)) if when.any()
+        ]
+        label = label_of(_label(name)) + (f" ({'; '.join(notes)})" if notes else "")
+        ax.plot(epochs, line, marker="o", markersize=3, label=label, **style)
+        if rests.any():
             row += 1
             ends = [(run[0] - 0.4, run[-1] + 0.4, np.nan) for run in _stretches(epochs[rests])]
             bars = {"transform": ax.get_xaxis_transform(), "linewidth": 4, "solid_capstyle": "butt", "label": "_bar"}

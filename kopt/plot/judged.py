@@ -1,12 +1,15 @@
 """The picture of what a learning rate does to a loss curve."""
 
+import re
+
 import numpy as np
 
 from kopt import checks
 from kopt.plot import runs as reading
-from kopt.plot.picture import Picture, finished, imported, panels, saves, tidy
+from kopt.plot.picture import Picture, finished, imported, in_own_style, panels, saves, tidy
 
 AS_GOOD = 0.02  # of the fall of the best curve
+RISING = r"acc|auc|precision|recall|f1|r2|iou"  # in the names of metrics that are better if higher
 TOP = 10  # times the first loss of the curves that are not too high: more is above the picture
 CURVES = (
     "a dict from two learning rates or more to what was recorded at each: a list of losses, a training (a keras "
@@ -15,6 +18,7 @@ CURVES = (
 )
 
 
+@in_own_style
 def rates(curves, *, metric: str = "loss", ax=None, save=None, show: bool = False) -> Picture:
     """Draw loss curves at several learning rates, and judge the rates by them: too low, good, too high, diverged.
 
@@ -49,7 +53,8 @@ def rates(curves, *, metric: str = "loss", ax=None, save=None, show: bool = Fals
         ['0.001: too low', '0.1: good', '1: too high', '30: diverged in epoch 2']
     """
     files = saves(save, ax, show)
-    checks.sentence("metric", metric)
+    if re.search(RISING, checks.sentence("metric", metric)):
+        checks.refuse("metric", "one that is the better the lower it is, as a loss", metric)
     found = _read(curves, metric)
     said = judged(found)
     (ax,) = panels(ax, size=(7.5, 3.8), show=show)
@@ -57,12 +62,12 @@ def rates(curves, *, metric: str = "loss", ax=None, save=None, show: bool = Fals
     data, shown = {"rates": [*found], "judgements": said}, {}
     for (rate, seeds), judgement, color in zip(found.items(), said, shades, strict=True):
         shown[rate] = drawn = reading.band(seeds, is_range=True)
-        reading.draw(ax, drawn, color, label=f"{rate:.3g}: {judgement}", linewidth=2.8 if judgement == "good" else 1.5)
+        reading.draw(ax, drawn, color, label=f"{rate:g}: {judgement}", linewidth=2.8 if judgement == "good" else 1.5)
         for place, seed in ((reading.ends(seed), seed) for seed in seeds):
             if place is not None:
                 at_edge = {"transform": ax.get_xaxis_transform(), "clip_on": False, "label": "_"}
                 ax.plot(seed.epochs[place], 1, "x", color=color, **at_edge)
-        data |= reading.held(f"{rate:.6g}", drawn)
+        data |= reading.held(f"{rate:g}", drawn)
     _scale(ax, found, said)
     tidy(ax, "epoch", metric, "beside")
     counts = {len(seeds) for seeds in found.values()}

@@ -4,12 +4,13 @@ import keras
 import numpy as np
 
 from kopt import checks, landscape
-from kopt.plot.picture import BAD, COLORS, INK, QUIET, Picture, finished, panels, saves, tidy
+from kopt.plot.picture import BAD, COLORS, INK, QUIET, Picture, finished, in_own_style, panels, saves, tidy
 
 LEVELS = 12
 WIDE = 30  # how many times the lowest loss the highest is for a logarithmic scale
 
 
+@in_own_style
 def slice_1d(model, x=None, y=None, *, metrics=None, ax=None, save=None, show: bool = False, **how) -> Picture:
     """Draw the loss of a model along a line of weights, with the points that it goes through, and the barriers.
 
@@ -44,6 +45,7 @@ def slice_1d(model, x=None, y=None, *, metrics=None, ax=None, save=None, show: b
     return finished(axes, data | {"marks": record.marks, "barriers": record.barriers}, files, show, record)
 
 
+@in_own_style
 def plane(model, x=None, y=None, *, metrics=None, ax=None, save=None, show: bool = False, **how) -> Picture:
     """Draw the loss of a model in a plane of weights, with the points in it and the path from one to the next.
 
@@ -85,10 +87,14 @@ def plane(model, x=None, y=None, *, metrics=None, ax=None, save=None, show: bool
 def _begun(kind, compute, model, x, y, metrics, ax, save, show, how) -> tuple:
     """The files to write, and the record: the one that is given, or that of the model."""
     files = saves(save, ax, show)
-    _metrics(metrics)
+    names = _metrics(metrics)
     if not isinstance(model, kind):
         if not isinstance(model, keras.Model):
             checks.refuse("model", f"a keras.Model, or a kopt.landscape.{kind.__name__}", model)
+        if names:  # which are known once the model was evaluated
+            data = {name: how[name] for name in ("batch_size", "sample_weight") if name in how}
+            look = landscape.slice_1d(model, x, y, positions=[0.0], update_bn=False, verbose=0, **data)
+            _names(look, names, 0)
         return files, compute(model, x, y, **how)
     for name, value in {"x": x, "y": y, **how}.items():
         if value is not None or name in how:
@@ -100,7 +106,7 @@ def _names(record, metrics, most) -> list[str]:
     """What to draw, by name."""
     known = [name for name, values in record.values.items() if values.ndim == record.loss.ndim]
     if metrics is None:
-        return ["loss", *(name for name in known if name != "loss")][:most]
+        return ["loss", *(name for name in known if not name.endswith("loss"))][:most]
     names = _metrics(metrics)
     if not set(names) <= set(known):
         checks.refuse("metrics", f"some of {', '.join(map(repr, known))}", metrics)

@@ -3,13 +3,14 @@
 import numpy as np
 
 from kopt import checks
-from kopt.plot.picture import BAD, COLORS, GOOD, INK, QUIET, Picture, finished, panels, saves, tidy
+from kopt.plot.picture import BAD, COLORS, GOOD, INK, QUIET, Picture, finished, in_own_style, panels, saves, tidy
 from kopt.range_test import RangeTest
 
 MARKS = {"valley": COLORS[0], "steepest": COLORS[2], "minimum/10": COLORS[4]}
 STAGES = [COLORS[5], COLORS[0], "#004466", INK]
 
 
+@in_own_style
 def rate_range(record, *, ax=None, save=None, show: bool = False) -> Picture:
     """Draw a range test: the loss at each rate, smoothed too, the rates that are suggested, and where it diverges.
 
@@ -62,6 +63,7 @@ def _diverges(record) -> np.ndarray:
     return np.array([record.learning_rates[min(place, len(record.losses) - 1)], 1.2 * record.diverged_at])
 
 
+@in_own_style
 def search(result, *, ax=None, save=None, show: bool = False) -> Picture:
     """Draw a search for a learning rate: the trials of each stage, what diverged, and the answer.
 

@@ -4,11 +4,12 @@ import numpy as np
 
 from kopt import checks
 from kopt.callbacks.snapshots import SnapshotEnsemble
-from kopt.plot.picture import COLORS, GOOD, QUIET, Picture, finished, imported, panels, saves, tidy
+from kopt.plot.picture import COLORS, GOOD, QUIET, Picture, finished, imported, in_own_style, panels, saves, tidy
 
 MOST = 8  # of members whose differences are written into the cells
 
 
+@in_own_style
 def snapshots(snap, *, output=None, ax=None, save=None, show: bool = False) -> Picture:
     """Draw what snapshots are worth on the validation data: each, the first ones together, and how any two differ.
 
@@ -96,6 +97,8 @@ def _draw_differences(ax, table, what, times) -> None:
     matplotlib = imported()
     from matplotlib.ticker import MaxNLocator
 
+    if len(table) == 1:
+        ax.text(0.5, 0.5, "one snapshot:\nnothing to compare", ha="center", va="center", transform=ax.transAxes)
     shown = np.where(np.eye(len(table), dtype=bool), np.nan, times * table)
     edges = 0.5, len(table) + 0.5
     top = np.nanmax(shown) if np.isfinite(shown).any() else 1.0

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kopt.plot.picture import COLORS, INK, LINES
+from kopt.plot.picture import COLORS, INK, LINES, label_of
 
 COLOR_OF = {  # of the rules by name, the same in every picture
     "SGD": "#000000", "momentum": "#E69F00", "Nesterov": "#D55E00", "Adagrad": "#009E73", "RMSprop": "#CC79A7",
@@ -34,8 +34,8 @@ class Losses:
 
     def __init__(self, record):
         self.record = record
-        self.is_log = not any(run.left_at is not None for run in record.runs)
-        self.gain = max(float(record.runs[0].losses[0] - record.lowest), 1e-30)
+        self.gain = float(record.runs[0].losses[0] - record.lowest)
+        self.is_log = self.gain > 0 and not any(run.left_at is not None for run in record.runs)
         self.scale = "log" if self.is_log else "linear"
         self.label = "loss" if record.lowest == 0 or not self.is_log else f"loss, above {record.lowest:.3g}"
 
@@ -47,7 +47,7 @@ class Losses:
         runs = self.record.runs
         if not self.is_log:
             low, high = np.nanmin(self.record.z), max(run.losses[0] for run in runs)
-            return float(low), float(high + 0.15 * (high - low))
+            return float(low), float(high + (0.15 * (high - low) or 1.0))
         found = np.concatenate([self.shown(run.losses[: run.last + 1]) for run in runs])
         found = found[np.isfinite(found)]
         top = min(found.max(), np.nanmax(self.record.z) - self.record.lowest)
@@ -55,13 +55,14 @@ class Losses:
 
 
 def title_of(record) -> str:
-    return f"{record.steps} steps on {record.surface.name}"
+    return f"{record.steps} step{'s' * (record.steps != 1)} on {record.surface.name}"
 
 
 def name_of(run) -> str:
     """A line of the legend: who, at which rate, and whether it diverged."""
     rate = f"rate {run.learning_rate:g}" if run.learning_rate is not None else "line search" * run.is_search
-    return ", ".join(part for part in (run.label, rate, run.end if run.diverged_at is not None else "") if part)
+    end = run.end if run.diverged_at is not None else ""
+    return ", ".join(part for part in (label_of(run.label), rate, end) if part)
 
 
 def draw_map(ax, record, title) -> None:
@@ -87,8 +88,9 @@ def drawn_paths(axes, record, losses) -> list[Path]:
 
     drawn, edge = [], [patheffects.withStroke(linewidth=2.8, foreground=PAPER, alpha=0.7)]
     used: Counter[str] = Counter()
-    for run, color in zip(record.runs, colors(record.runs), strict=True):
-        style = {"color": color, "linestyle": LINES[used[color] % len(LINES)], "linewidth": 1.5}
+    widths = np.linspace(2.2, 1.2, len(record.runs))  # what lies under another is seen on both sides of it
+    for run, color, width in zip(record.runs, colors(record.runs), widths, strict=True):
+        style = {"color": color, "linestyle": LINES[used[color] % len(LINES)], "linewidth": width}
         used[color] += 1
         points, values = run.points[: run.last + 1], run.losses[: run.last + 1]
         heads = _heads(points, record.view)

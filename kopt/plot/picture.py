@@ -1,5 +1,7 @@
 """What every picture has in common: its axes, its colors, and files that are the same whenever they are written."""
 
+import contextlib
+import functools
 import io
 import os
 
@@ -13,6 +15,7 @@ GOOD, BAD, QUIET, INK = "#009E73", "#D55E00", "#BBBBBB", "#000000"
 LINES = ["-", "--", ":", "-."]  # when all colors are used
 STILL, MOVING = (".png", ".svg", ".pdf", ".jpg"), (".gif", ".html")
 DPI = 110
+HANDLE = 6  # letters that the line and the space before a label of a legend take
 SAME = {  # what would tell the files of two runs apart, by their ending
     ".png": {"Software": None},
     ".svg": {"Date": None, "Creator": None},
@@ -44,6 +47,8 @@ class Picture:
         record: What was drawn, if drawing began with a computation, to be drawn again; otherwise None.
     """
 
+    _style = None  # of matplotlib, in which it was drawn
+
     def __init__(self, axes, data: dict, record=None, motion=None):
         self.axes, self.data, self.record, self._motion = list(axes), data, record, motion
 
@@ -59,18 +64,20 @@ class Picture:
         for file in _checked("files", files, self._motion is not None):
             os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
             ending = os.path.splitext(file)[1].lower()
-            if ending in MOVING:
-                self._motion.save(file, ending)
-            else:
-                _write(self.figure, file, ending)
+            with _styled(self._style):
+                self._motion.save(file, ending) if ending in MOVING else _write(self.figure, file, ending)
 
     def _repr_png_(self):
         file = io.BytesIO()
-        _write(self.figure, file, ".png")
+        with _styled(self._style):
+            _write(self.figure, file, ".png")
         return file.getvalue()
 
     def _repr_html_(self):
-        return None if self._motion is None else self._motion.frame()
+        if self._motion is None:
+            return None
+        with _styled(self._style):
+            return self._motion.frame()
 
     def __repr__(self):
         return f"<Picture of {', '.join(map(str, self.data))}>"
@@ -82,8 +89,7 @@ def figure_of(ax):
 
 
 def _write(figure, file, ending) -> None:
-    matplotlib = imported()
-    with matplotlib.rc_context({"svg.hashsalt": "kopt", "svg.fonttype": "none"}):
+    with imported().rc_context({"svg.hashsalt": "kopt", "svg.fonttype": "none"}):
         figure.savefig(file, dpi=DPI, format=ending[1:], metadata=SAME[ending])
 
 
@@ -94,6 +100,33 @@ def imported():
     except ImportError:
         raise ImportError("Pictures need matplotlib: `pip install kopt[plot]`") from None
     return matplotlib
+
+
+def in_own_style(draw):
+    """The function, whose own figures look the same whatever style is set; axes that are given keep theirs."""
+
+    @functools.wraps(draw)
+    def drawn(*given, **named):
+        if named.get("ax") is not None:
+            return draw(*given, **named)
+        imported()
+        with _styled("default"):
+            picture = draw(*given, **named)
+        picture._style = "default"
+        return picture
+
+    return drawn
+
+
+@contextlib.contextmanager
+def _styled(name):
+    if name is None:
+        yield
+        return
+    from matplotlib import style
+
+    with style.context(name):
+        yield
 
 
 def saves(save, ax=None, show=False, moves: bool = False) -> list[str]:
@@ -113,6 +146,8 @@ def axes_of(ax) -> list:
     given = [ax] if hasattr(ax, "plot") else list(np.ravel(np.asarray(ax, object)))
     if not given or not all(hasattr(one, "plot") for one in given):
         checks.refuse("ax", "axes of matplotlib, or a list of them", ax)
+    if len({id(one) for one in given}) < len(given) or len({id(figure_of(one)) for one in given}) > 1:
+        checks.refuse("ax", "different axes of one figure", ax)
     return given
 
 
@@ -124,7 +159,7 @@ def _checked(name, files, moves) -> list[str]:
     for file in files:
         if not isinstance(file, (str, os.PathLike)) or os.path.splitext(str(file))[1].lower() not in endings:
             checks.refuse(name, allowed, file)
-    return [os.fspath(file) for file in files]
+    return [os.path.expanduser(file) for file in files]
 
 
 def panels(ax, rows: int = 1, columns: int = 1, size=(7, 3.5), show: bool = False, **grid) -> list:
@@ -164,6 +199,28 @@ def styles(count: int) -> list[dict]:
     return [{"color": COLORS[i % len(COLORS)], "linestyle": LINES[i // len(COLORS) % len(LINES)]} for i in range(count)]
 
 
+def label_of(text: str) -> str:
+    """A name as matplotlib shows it in a legend: it hides those with `_` in front, and fails on a `$` without sense."""
+    from matplotlib.mathtext import MathTextParser
+
+    text = f" {text}" if text.startswith("_") else text
+    try:
+        MathTextParser("path").parse(text)
+    except ValueError:
+        return text.replace("$", r"\$")
+    return text
+
+
+def columns_of(labels, width: float, most: int = 4) -> int:
+    """In how many columns a legend of these labels is no wider than so many letters."""
+    for columns in range(min(most, len(labels)), 1, -1):
+        rows = -(-len(labels) // columns)
+        parts = [labels[start : start + rows] for start in range(0, len(labels), rows)]
+        if sum(max(map(len, part)) + HANDLE for part in parts) <= width:
+            return columns
+    return 1
+
+
 def tidy(ax, x: str, y: str, legend: str | None = None) -> None:
     """What the axes say, a grid, and a legend where no curve is: "beside" or "above"; none where there is no label."""
     ax.set_xlabel(x)
@@ -175,6 +232,5 @@ def tidy(ax, x: str, y: str, legend: str | None = None) -> None:
     if legend == "beside":
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     elif legend == "above":
-        longest = max((len(text) for text in ax.get_legend_handles_labels()[1]), default=0)
-        columns = 4 if longest < 18 else 2 if longest < 40 else 1
+        columns = columns_of(ax.get_legend_handles_labels()[1], 100)
         ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False, ncols=columns, fontsize=9)

@@ -20,6 +20,7 @@ class Curve(NamedTuple):
 
     epochs: np.ndarray
     values: np.ndarray
+    is_guess: bool = False  # whether nothing says which epochs these were
 
 
 class Band(NamedTuple):
@@ -56,14 +57,19 @@ def read(name, run) -> dict[str, Curve]:
         return _logged(name, run)
     if not is_run(run):
         checks.refuse(name, RUN, run)
-    history, epochs = (run, None) if isinstance(run, dict) else (run.history, np.array(run.epoch, int) + 1)
+    history, epochs = (
+        (run, None) if isinstance(run, dict) else (run.history, np.array(vars(run).get("epoch", ()), int) + 1)
+    )
     found = {metric: values for metric, series in history.items() if (values := numbers(series)) is not None}
     if not found:
         checks.refuse(name, f"{RUN}; this one has recorded nothing", run)
     longest = max(map(len, found.values()))
     if epochs is None or len(epochs) != longest:
         epochs = np.arange(1, longest + 1)
-    return {metric: Curve(_placed(epochs, len(values)), values) for metric, values in found.items()}
+    return {
+        metric: Curve(_placed(epochs, len(values)), values, len(values) < len(epochs))
+        for metric, values in found.items()
+    }
 
 
 def _placed(epochs, count) -> np.ndarray:
@@ -77,7 +83,7 @@ def _placed(epochs, count) -> np.ndarray:
 
 def _logged(name, path) -> dict[str, Curve]:
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             lines = file.read().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         checks.refuse(name, f"{RUN} ({error})", path)

@@ -24,7 +24,7 @@ def caption(record) -> str:
 
 def scene(record, paths, losses, title) -> dict:
     """The map as an image with the place of its axes, and the lines over it as numbers."""
-    (ax,) = panels(None, size=(5.2, 4.6))
+    (ax,) = panels(None, size=(5.2, 4.6))  # as large as the page shows it
     draw_map(ax, record, "")
     file, figure = io.BytesIO(), ax.figure
     figure.savefig(file, dpi=SHARP)

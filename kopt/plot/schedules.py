@@ -9,7 +9,7 @@ import numpy as np
 from kopt import callbacks, checks, schedules
 from kopt.callbacks import stages
 from kopt.callbacks.snapshots import split, waves
-from kopt.plot.picture import Picture, finished, panels, saves, styles, tidy
+from kopt.plot.picture import Picture, finished, in_own_style, panels, saves, styles, tidy
 from kopt.schedules.time import Time
 
 RATE = "learning_rate"
@@ -38,6 +38,7 @@ class Span(NamedTuple):
         return Time.of_steps(np.arange(self.steps), self.steps, self.steps_per_epoch)
 
 
+@in_own_style
 def schedule(
     *shown,
     steps: int | None = None,
@@ -106,7 +107,7 @@ def _draw(ax, quantity, curves) -> dict:
     for curve, style in zip(curves, styles(len(curves)), strict=True):
         values = data[curve.label] = curve.values
         stepped = "steps-post" if len(np.unique(values)) < 30 else "default"
-        ax.plot(values, label=curve.label, drawstyle=stepped, **style)
+        ax.plot(values, label=curve.label, drawstyle=stepped, marker="o" * (len(values) == 1) or None, **style)
         turns = restarts(values) if quantity in RESTARTING else []
         if len(turns):
             data[f"{curve.label}/restarts"] = turns

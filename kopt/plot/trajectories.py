@@ -3,10 +3,13 @@
 from kopt import checks, landscape
 from kopt.plot.animation import Motion
 from kopt.plot.paths import Losses, draw_map, drawn_paths, title_of
-from kopt.plot.picture import Picture, finished, panels, saves, tidy
+from kopt.plot.picture import Picture, columns_of, finished, in_own_style, panels, saves, tidy
 from kopt.plot.scene import caption, scene
 
+WIDTH = 135  # letters of a legend in a line
 
+
+@in_own_style
 def trajectories(
     optimizers,
     surface=None,
@@ -70,10 +73,10 @@ def trajectories(
     tidy(axes[1], "step", losses.label)
     axes[1].set(xlim=(0, max(path.last_seen for path in paths) or 1), yscale=losses.scale, ylim=losses.span())
     if ax is None:
-        place = {"loc": "outside upper left", "ncols": min(4, len(paths))}
-        axes[0].figure.legend(
-            handles=[path.line for path in paths], frameon=False, fontsize=9, handlelength=1.5, **place
-        )
+        lines = [path.line for path in paths]
+        columns = columns_of([line.get_label() for line in lines], WIDTH)
+        look = {"ncols": columns, "frameon": False, "fontsize": 9, "handlelength": 1.5}
+        axes[0].figure.legend(handles=lines, loc="outside upper left", **look)
         axes[0].figure.supxlabel(caption(record), fontsize=8, color="#555555", x=0.01, ha="left")
     else:
         axes[1].legend(frameon=False, fontsize=8)

@@ -106,7 +106,7 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         steps = checks.count(1)("steps", steps)
         batches = checks.optional(checks.count(1))("steps_per_epoch", steps_per_epoch)
         self.check_base(checks.finite("base", base))
-        values = self.value(Time.of_steps(np.arange(steps), steps, batches), checks.finite("base", base))
+        values = self.value(Time.of_steps(np.arange(steps), steps, batches, repr(self)), checks.finite("base", base))
         return np.broadcast_to(np.asarray(values, "float64"), steps).copy()
 
     def sparkline(self, steps: int, *, width: int = 60, steps_per_epoch: int | None = None, base: float = 1.0) -> str:

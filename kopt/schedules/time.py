@@ -31,7 +31,7 @@ UNKNOWN = (
     "it needs to know how many batches an epoch has, and the data do not say: give `fit` `steps_per_epoch`, or count "
     "in steps (`steps=`, `every_steps=`, ...)"
 )
-UNSEEN = "it counts epochs: give `steps_per_epoch`, too"
+UNSEEN = "counts epochs: give `steps_per_epoch`, too"
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,10 @@ class Time:
         return cls(steps - origin, begun + within, epoch + more, batches, total, accumulation)
 
     @classmethod
-    def of_steps(cls, steps, total, batches=None) -> "Time":
+    def of_steps(cls, steps, total, batches=None, whose="it") -> "Time":
         """What it is after so many steps, of so many in all, if an epoch has so many."""
         epoch = None if batches is None else steps // batches
-        return cls(steps, steps, epoch, batches, total, lacking=UNSEEN)
+        return cls(steps, steps, epoch, batches, total, lacking=f"{whose} {UNSEEN}")
 
     def _told(self, name):
         value = getattr(self, name)
