@@ -88,7 +88,7 @@ def drawn_paths(axes, record, losses) -> list[Path]:
 
     drawn, edge = [], [patheffects.withStroke(linewidth=2.8, foreground=PAPER, alpha=0.7)]
     used: Counter[str] = Counter()
-    widths = np.linspace(2.2, 1.2, len(record.runs))  # what lies under another is seen on both sides of it
+    widths = np.linspace(2.2, 1.5, len(record.runs))  # what lies under another is seen on both sides of it
     for run, color, width in zip(record.runs, colors(record.runs), widths, strict=True):
         style = {"color": color, "linestyle": LINES[used[color] % len(LINES)], "linewidth": width}
         used[color] += 1
