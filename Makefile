@@ -9,7 +9,7 @@ IN_FLOAT64 := $(addprefix tests/test_,rules.py problems.py quasi_newton.py) -m "
 # What other versions of Keras, TensorFlow and NumPy can break: private names, files, the step, and every example.
 ON_LOWEST := $(addprefix tests/test_,keras_internals.py rules.py step.py citizen.py saving.py loading.py backup.py \
   callback_base.py polyak_fit.py ensemble.py data.py minimize.py quasi_newton_fit.py \
-  finder.py tuner.py) kopt
+  finder.py tuner.py plot.py trajectories.py) kopt
 BENCHES := $(addprefix bench-,step $(if $(filter torch,$(KERAS_BACKEND)),,conditions) backup schedules averages ensembles fine-tuning minimize search)
 OUT ?= out/quickstart
 export TF_CPP_MIN_LOG_LEVEL ?= 2
