@@ -82,6 +82,7 @@ learning-rates: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Sear
 
 rates: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## Loss curves at rates too low, good and too high; 5 seeds, a picture, in out/rates
 	$(BIN)/python recipes/rates.py $(if $(SMOKE),--smoke,--check) --out out/rates
+	$(if $(SMOKE),,cp out/rates/rates.png recipes/pictures)
 
 gallery: $(VENV)/.$(or $(filter jax torch,$(KERAS_BACKEND)),dev)  ## The README's pictures of optimizers, rates and loss surfaces, into recipes/pictures
 	$(BIN)/python recipes/landscapes.py $(if $(SMOKE),--smoke,--check) --out out/gallery

@@ -184,20 +184,21 @@ def repeated(step, variables, times):
         return lambda: torch.stack([step() for _ in range(times)])
     if BACKEND == "tensorflow":
 
+        def turn(i, found):
+            return i + 1, found.write(i, step())
+
         def loop():
-            found = tf.TensorArray(variables[0].dtype, times)
-            return tf.while_loop(
-                lambda i, found: i < times, lambda i, found: (i + 1, found.write(i, step())), [0, found]
-            )[1].stack()
+            begin = [0, tf.TensorArray(variables[0].dtype, times)]
+            return tf.while_loop(lambda i, _: i < times, turn, begin)[1].stack()
 
         return tf.function(functools.partial(loop), autograph=False)
 
-    def turn(values, _):
+    def scanned_turn(values, _):
         with keras.StatelessScope(list(zip(variables, values, strict=True))) as scope:
             found = step()
         return [scope.get_current_value(variable) for variable in variables], found
 
-    scanned = jax.jit(lambda values: jax.lax.scan(turn, values, length=times))
+    scanned = jax.jit(lambda values: jax.lax.scan(scanned_turn, values, length=times))
 
     def run():
         values, found = scanned([variable.value for variable in variables])

@@ -196,6 +196,14 @@ def test_the_plane_of_two_points_and_a_random_direction():
     assert not np.allclose(other.loss[2], found.loss[2], rtol=1e-3)
 
 
+def test_a_random_direction_is_at_right_angles_to_a_line_along_which_biases_move():
+    point = [np.array([[1.0, 2.0], [3.0, -1.0]]), np.array([0.0, 0.0])]
+    across = [np.array([[1.0, 1.0], [0.5, 2.0]]), np.array([9.0, -4.0])]
+    (found,) = directions.random_directions(point, [(0,), None], 1, seed=0, across=[across])
+    assert found[1] is None
+    assert abs(directions.inner(found, across)) < 1e-9 * np.linalg.norm(found[0])
+
+
 def test_the_plane_of_many_points_is_that_of_their_principal_directions():
     model, points = line(range(5))
     found = plane(model, X, TARGETS, points=points, n=2, **QUIET)

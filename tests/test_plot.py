@@ -168,6 +168,21 @@ def test_what_a_fit_needs_is_asked_for():
         kopt.plot.schedule([keras.callbacks.TerminateOnNaN()])
 
 
+def test_what_nobody_knows_before_is_not_left_out():
+    halving = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+    for unknown in (halving, keras.callbacks.ReduceLROnPlateau(), kc.LearningRateFinder()):
+        with pytest.raises(ValueError, match="`shown` must be without what nobody knows before the fit"):
+            kopt.plot.schedule([kc.WarmUp(steps=5), unknown])
+
+
+def test_patterns_are_no_mathematics(tmp_path):
+    _, model = network()
+    staged = kc.StagedUnfreeze({0: {r"low/kernel$|head/\w+$": 0.1}})
+    picture = kopt.plot.schedule([kc.WarmUp(steps=5), staged], steps=20, steps_per_epoch=5, model=model)
+    picture.save(tmp_path / "x.png")
+    assert r"low/kernel\$|head/\w+\$" in picture.data
+
+
 def test_without_matplotlib_one_sentence_names_the_extra():
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"

@@ -46,6 +46,10 @@ def test_histories_of_one_name_are_one_band(tmp_path, monkeypatch, capsys):
     assert drawn == [
         ({"first": ["a1.csv", "a2.csv"], "b": ["b.csv"]}, {"metrics": ["loss", "accuracy"], "save": ["x.png"]})
     ]
+    (tmp_path / "lr=0.1").mkdir()
+    (tmp_path / "a1.csv").rename(tmp_path / "lr=0.1" / "a1.csv")
+    main(["history", "adam=lr=0.1/a1.csv", "lr=0.1/*.csv", "-o", "x.png"])
+    assert drawn[1][0] == {"adam": ["lr=0.1/a1.csv"], "lr=0.1/a1": ["lr=0.1/a1.csv"]}
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     main(["history", "first=a*.csv", "b.csv", "-o", "x.png"])

@@ -155,7 +155,7 @@ def test_history_of_seeds_and_of_one():
     assert picture.data.keys() >= {"mae mean", "val_mae mean"}
     picture = kopt.plot.history({"loss": [3.0]})
     assert labels(picture.axes[0]) == []
-    assert picture.axes[0].lines[0].get_marker() == "o"  # a line of one point is not seen
+    assert picture.axes[0].lines[1].get_marker() == "o"  # a line of one point is not seen
     figure = matplotlib.figure.Figure()
     ax = figure.subplots()
     assert kopt.plot.history(*seeds, ax=ax).figure is figure
@@ -172,6 +172,12 @@ def test_metrics_that_nobody_has_are_refused():
             kopt.plot.history(run, metrics=wrong)
     with pytest.raises(ValueError, match="`runs` must be at most 8 groups"):
         kopt.plot.history({str(i): run for i in range(9)})
+
+
+def test_a_number_without_neighbors_is_a_dot():
+    picture = kopt.plot.history({"loss": [3.0, NAN, 1.0, NAN, 2.0, 1.0]})
+    dots = [line.get_xydata().tolist() for line in picture.axes[0].lines if line.get_marker() == "o"]
+    assert dots == [[[1.0, 3.0], [3.0, 1.0]]]
 
 
 # average
@@ -361,7 +367,14 @@ EVERY = {
     "snapshots": ([results(MEMBERS, scores.Classes(TRUE, 3))],),
     "groups": ({"update_ratio/a": [0.0, 1e-3], "learning_rate": [0.1, 0.2]},),
     "schedule": (kopt.schedules.OneCycle(0.1),),
+    "slice_1d": (kopt.landscape.Slice([0, 1], {"loss": [1, 2]}, [0, 1], "share of the way"),),
+    "plane": (kopt.landscape.Plane([0, 1], [0, 1], {"loss": [[1, 2], [3, 4]]}, [[0, 0]], [0], "filter norms"),),
 }
+
+
+def test_every_picture_has_a_row():
+    there = {name for name, value in vars(kopt.plot).items() if callable(value) and name != "Picture"}
+    assert there - {"trajectories"} == EVERY.keys()  # which has a file of its own
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -172,6 +172,18 @@ def test_a_function_of_one_point_at_a_time(name):
     np.testing.assert_allclose(found.z, np.where(x > 0, 1, 2) * x**2 + y**2, rtol=1e-5, atol=1e-6)
 
 
+def test_what_diverges_does_not_widen_the_view():
+    found = trajectories(["sgd=1", "adam=0.1"], lambda x, y: 10 * x**2 + y**2, steps=50)
+    assert found.runs[0].diverged_at is not None or found.runs[0].losses[-1] > 1e20
+    assert all(np.ptp(span) < 10 for span in found.view)
+
+
+def test_no_number_is_no_way_down():
+    (run,) = trajectories("sgd=1", lambda x, y: ops.sqrt(x) + 0.1 * y**2, steps=5).runs
+    assert run.losses[1] < run.losses[0]
+    assert run.end == f"diverged at step {run.diverged_at}"
+
+
 def test_the_last_step_counts():
     found = trajectories("sgd=0.1", lambda x, y: -x - y, steps=10)
     assert found.lowest < found.runs[0].losses[-1] == pytest.approx(-4.0)
@@ -219,9 +231,12 @@ BAD = [
     ({"optimizers": "keras.MultiOptimizer"}, "`optimizers` must be of 'sgd', "),
     ({"optimizers": keras.optimizers.LossScaleOptimizer(kopt.Adam())}, "`optimizers` must be without others in them"),
     ({"optimizers": keras.optimizers.SGD(lambda: 0.1)}, "`optimizers` must be such that a copy can be made"),
-    ({"optimizers": "adam=fast"}, "`optimizers` must be with a number behind '='. Received: optimizers='adam=fast'"),
+    ({"optimizers": "adam=fast"}, "behind '='. Received: optimizers='adam=fast'"),
+    ({"optimizers": "adam="}, "`optimizers` must be with a finite number of 0 or more behind '='"),
+    ({"optimizers": "keras.SGD=-1"}, "`optimizers` must be with a finite number of 0 or more behind '='"),
+    ({"optimizers": "lbfgs="}, "`optimizers` must be without a rate where there is none"),
     ({"optimizers": "lbfgs=0.1"}, "`optimizers` must be without a rate where there is none"),
-    ({"optimizers": "adam=-1"}, "`learning_rate` must be"),
+    ({"optimizers": "adam=-1"}, "`optimizers` must be with a finite number of 0 or more"),
     ({"surface": "beele"}, "`surface` must be one of 'saddle', .* Received: surface='beele'"),
     ({"surface": 3}, "`surface` must be one of"),
     ({"surface": lambda x, y: "high"}, "`surface` must be a function of two tensors, made of `keras.ops`"),
@@ -297,6 +312,16 @@ def test_long_and_odd_names_are_shown(tmp_path):
     (legend,) = picture.figure.legends
     assert [text.get_text() for text in legend.get_texts()][-2:] == [r"a \$x_{ b\$, rate 0.1", " _c, rate 0.2"]
     assert legend.get_window_extent().x1 <= picture.figure.bbox.x1
+
+
+def test_titles_and_edges(tmp_path):
+    """A title without sense as mathematics; a grid with infinities; a start on the edge, from which it falls away."""
+    draw = kopt.plot.trajectories
+    draw("sgd=0.1", "bowl", steps=2, title=r"a $x_{ b$", save=[tmp_path / "x.png", tmp_path / "x.html"])
+    assert r"<title>a $x_{ b$</title>" in (tmp_path / "x.html").read_text(encoding="utf-8")
+    surface = lambda x, y: ops.log(ops.abs(x)) - 10 * y  # noqa: E731
+    draw("sgd=0.1", surface, steps=9, start=(0.5, 0), view=((-1, 1), (-1, 1)), save=tmp_path / "x.png")
+    draw("sgd=0.5", "saddle", start=(0, 0.1), view=((-1, 1), (-1, 0.1)), steps=20, save=tmp_path / "x.png")
 
 
 def test_a_start_at_the_minimum_is_drawn(tmp_path):
@@ -395,10 +420,8 @@ def test_axes_of_ones_own_and_bad_files(record):
     picture = kopt.plot.trajectories(record, ax=axes, title="mine")
     assert picture.axes == list(axes)
     assert axes[0].get_title(loc="left") == "mine"
-    with pytest.raises(ValueError, match="`ax` must be 2 axes of matplotlib"):
-        kopt.plot.trajectories(record, ax=axes[0])
-    for bad in ({"ax": 3}, {"ax": []}, {"ax": axes, "show": True}):
-        with pytest.raises(ValueError, match=r"`ax` must be axes of matplotlib|`show` must be False beside `ax`"):
+    for bad in ({"ax": 3}, {"ax": []}, {"ax": axes[0]}, {"ax": axes, "show": True}):
+        with pytest.raises(ValueError, match=r"`ax` must be (2 )?axes of matplotlib|`show` must be False beside `ax`"):
             kopt.plot.trajectories("adam", "no surface", **bad)  # before anything else is looked at
     for bad in ("x.mp4", 3, ["x.png", "x"], ""):
         with pytest.raises(ValueError, match=r"`save` must be a path, or a list of them, that ends in .png, "):

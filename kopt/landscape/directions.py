@@ -111,7 +111,8 @@ def _scaled(direction, weights, filters) -> list:
 def _apart(direction, others) -> list:
     """The direction without what it has of others."""
     for other in others:
-        share = inner(direction, other) / inner(other, other)
+        other = [o if d is not None else None for d, o in zip(direction, other, strict=True)]  # as far as it can move
+        share = inner(direction, other) / (inner(other, other) or 1.0)
         direction = [d if d is None or o is None else d - share * o for d, o in zip(direction, other, strict=True)]
     return direction
 

@@ -8,6 +8,7 @@ from kopt.landscape.directions import Chart, Flat, chart_of, counted_in, filters
 from kopt.landscape.evaluation import Evaluation, as_it_was, is_float
 from kopt.landscape.points import points_of
 from kopt.landscape.records import Plane, Slice
+from kopt.objective import check_trainable
 
 
 def slice_1d(
@@ -28,7 +29,8 @@ def slice_1d(
     """The loss and the metrics of a model along a line of weights: between snapshots, or in a random direction.
 
     One set of weights is looked at along a random direction in which each filter has the length that it has in the
-    weights, so that models of another scale compare (Li et al. 2018). Two are looked at along the line through them:
+    weights, so that models of another scale compare (Li et al. 2018); biases, what normalization has, and what is
+    frozen stay. Two are looked at along the line through them:
     a barrier says that they lie in different basins. More are joined by lines, from each to the next.
 
     Weights between two have no use for statistics of batch normalization between theirs: with these a network looks
@@ -76,8 +78,9 @@ def slice_1d(
     """
     n, seed, verbose = _checked(n, directions, seed, verbose)
     asked = None if positions is None else _positions(positions)
-    evaluation = Evaluation(model, (x, y, sample_weight), batch_size, update_bn)
+    check_trainable(model)
     ends = _float_arrays(model, points)
+    evaluation = Evaluation(model, (x, y, sample_weight), batch_size, update_bn)
     flat = Flat(ends, _random(model, ends[0], directions, 1, seed) if len(ends) == 1 else ())
     marks = np.arange(len(ends), dtype="float64")
     if asked is None:
@@ -107,10 +110,11 @@ def plane(
     """The loss and the metrics of a model in a plane of weights: through snapshots, or in two random directions.
 
     One set of weights is looked at along two random directions in which each filter has the length that it has in the
-    weights (Li et al. 2018). Two lie on the first axis, and the second is such a direction. Three make the plane
-    through them (Garipov et al. 2018), with the first at the origin and the second on the first axis. Of more, as of
-    the snapshots of a training, it is the plane of their two principal directions, and the record says how far from it
-    each of them is. The axes are at right angles, and with two points or more they count the distance of weights.
+    weights (Li et al. 2018); biases, what normalization has, and what is frozen stay. Two lie on the first axis, and
+    the second is such a direction. Three make the plane through them (Garipov et al. 2018), with the first at the
+    origin and the second on the first axis. Of more, as of the snapshots of a training, it is the plane of their two
+    principal directions, and the record says how far from it each of them is. The axes are at right angles, and with
+    two points or more they count the distance of weights.
 
     All else is as for `kopt.landscape.slice_1d`; `n * n` positions take their time.
 
@@ -147,8 +151,9 @@ def plane(
     """
     n, seed, verbose = _checked(n, directions, seed, verbose)
     margin, span = checks.nonnegative("margin", margin), checks.positive("span", span)
-    evaluation = Evaluation(model, (x, y, sample_weight), batch_size, update_bn)
+    check_trainable(model)
     ends = _float_arrays(model, points)
+    evaluation = Evaluation(model, (x, y, sample_weight), batch_size, update_bn)
     chart, flat = _charted(model, ends, directions, seed)
     sides = [np.linspace(-span, span, n)] * 2 if len(ends) == 1 else _sides(chart.places, margin, n)
     count = len(flat.directions)

@@ -24,7 +24,8 @@ class Surface:
     """A loss with two weights, and what of it to look at.
 
     Args:
-        function: Of `x` and `y`, two tensors, or of one that has both; made of `keras.ops` and operators.
+        function: Of `x` and `y`, two tensors, or, if it can do with one argument, of one tensor that has both; made of
+            `keras.ops` and operators.
         start: Where optimizers begin.
         view: What to show, `((left, right), (bottom, top))`; None: what the paths are in.
         name: What it is called.
@@ -63,13 +64,16 @@ class Surface:
 
     def of_point(self, point):
         """The loss of a vector of two."""
-        is_of_two = checks.takes(self.function, 2)
-        return ops.reshape(self.function(point[0], point[1]) if is_of_two else self.function(point), ())
+        return ops.reshape(self.function(point[0], point[1]) if self.is_of_two else self.function(point), ())
+
+    @property
+    def is_of_two(self) -> bool:
+        return checks.takes(self.function, 2) and not checks.takes(self.function, 1)
 
     @functools.cached_property
     def takes_arrays(self) -> bool:
         """Whether the function of arrays is that of each entry: some make one number of all, or branch on one."""
-        if not checks.takes(self.function, 2):
+        if not self.is_of_two:
             return False
         points = np.asarray(self.start) + np.random.default_rng(0).normal(size=(7, 2))
         x, y = _tensors(*points.T)

@@ -275,8 +275,8 @@ class _Path:
         if not lost[-1]:  # what comes back, as from a try of a line search, was not lost
             return None, False
         gone = len(lost) - int(np.argmin(lost[::-1])) if not lost.all() else 0
-        last = losses[gone] if np.isfinite(losses[gone]) else losses[max(gone - 1, 0)]
-        return gone, bool(last < losses[0])
+        last = losses[max(gone - 1, 0)] if losses[gone] == -np.inf else losses[gone]
+        return gone, bool(last < losses[0])  # no number is no way down
 
 
 def _written(rates, tries) -> list[float]:
@@ -284,9 +284,16 @@ def _written(rates, tries) -> list[float]:
     return [float(f"{rate:.{2 if tries <= FINE else 4}g}") for rate in rates]
 
 
+def _low(run) -> int:
+    """How many points there are to look at."""
+    if run.diverged_at is None:
+        return run.there.stop
+    return 1 + int(np.flatnonzero(run.losses[run.there] <= run.losses[0])[-1])
+
+
 def _around(runs):
-    """A view that has all paths in it, with a margin."""
-    points = np.concatenate([run.points[run.there] for run in runs])
+    """A view that has all paths in it, with a margin; of those that diverge what is no higher than the start."""
+    points = np.concatenate([run.points[: _low(run)] for run in runs])
     low, high = points.min(0), points.max(0)
     room = np.maximum(0.15 * (high - low), 0.1 * np.ptp(points, 0).max() or 1.0)
     return tuple((float(a), float(b)) for a, b in zip(low - room, high + room, strict=True))

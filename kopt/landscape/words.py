@@ -50,25 +50,25 @@ def made(one, tune) -> tuple:
     """The optimizer, and how many rates to try: as many as are asked for, or some if none is known to be good."""
     if not isinstance(one, str):
         return _copy(one), tune if _is_tunable(one) else None
-    word, _, given = (part.strip() for part in one.partition("="))
+    word, sign, given = (part.strip() for part in one.partition("="))
     name = word.lower()
     if name in SOLVERS:
-        if given:
+        if sign:
             checks.refuse("optimizers", f"without a rate where there is none: {word!r}", one)
         return SOLVERS[name](check_noise=False), None  # there is none
     make = RULES.get(name) or _of_keras(word)
     if make is None:
         names = ", ".join(map(repr, [*RULES, *SOLVERS]))
         checks.refuse("optimizers", f"of {names}, or of Keras's optimizers, such as 'keras.Lion'", one)
-    optimizer = make(_number(one, given) if given else 1e-3)
-    return optimizer, (tune or (None if given else TRIES)) if _is_tunable(optimizer) else None
+    optimizer = make(_number(one, given) if sign else 1e-3)
+    return optimizer, (tune or (None if sign else TRIES)) if _is_tunable(optimizer) else None
 
 
 def _number(one, text):
     try:
-        return float(text)
+        return checks.nonnegative("optimizers", float(text))
     except ValueError:
-        return checks.refuse("optimizers", "with a number behind '='", one)
+        return checks.refuse("optimizers", "with a finite number of 0 or more behind '='", one)
 
 
 def _of_keras(word):

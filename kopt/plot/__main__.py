@@ -1,6 +1,7 @@
 """`python -m kopt.plot`: the pictures that need no model, from the command line."""
 
 import argparse
+import glob
 import os
 import sys
 
@@ -88,8 +89,9 @@ def schedule(given):
 def history(given):
     runs: dict[str, list] = {}
     for run in given.runs:
-        name, _, file = run.rpartition("=") if "=" in run and not os.path.exists(run) else ("", "", run)
-        runs.setdefault(name or os.path.splitext(file)[0], []).extend(expressions.files(file))
+        name, file = run.split("=", 1) if "=" in run and not glob.glob(run) else ("", run)
+        for one in expressions.files(file):
+            runs.setdefault(name or os.path.splitext(one)[0], []).append(one)
     plot.history(runs, metrics=given.metrics, save=given.output)
 
 
@@ -102,7 +104,7 @@ def main(arguments=None) -> None:
     except KeyboardInterrupt:
         given.parser.exit(130, "interrupted\n")
     for file in given.output or ():
-        print(f"{file}: {max(1, os.path.getsize(file) // 1024)} KB")
+        print(f"{file}: {max(1, os.path.getsize(os.path.expanduser(file)) // 1024)} KB")
 
 
 if __name__ == "__main__":

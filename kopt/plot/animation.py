@@ -99,9 +99,8 @@ def _with_one_palette(frames, colors) -> list:
     exact = [[round(255 * part) for part in to_rgb(color)] for color in ["white", "black", *colors]]
     shades = Image.fromarray(frames[-1]).quantize(SHADES, dither=Image.Dither.NONE).getpalette()[: 3 * SHADES]
     palette = np.array(exact + np.reshape(shades, (-1, 3)).tolist(), "int16")
-    cells = np.moveaxis(np.indices((32, 32, 32), "int16") * 255 // 31, 0, -1).reshape(
-        -1, 1, 3
-    )  # all colors, in 5 bits each
+    every = np.indices((32, 32, 32), "int16") * 255 // 31  # all colors, in 5 bits each
+    cells = every.reshape(3, -1).T[:, None]
     nearest = np.abs(cells - palette).sum(-1).argmin(1).astype("uint8").reshape(32, 32, 32)
     found = []
     for frame in frames:

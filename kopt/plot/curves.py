@@ -9,7 +9,6 @@ from kopt.plot.picture import (
     QUIET,
     Picture,
     finished,
-    imported,
     in_own_style,
     label_of,
     panels,
@@ -31,8 +30,8 @@ def history(*runs, metrics=("loss",), ax=None, save=None, show: bool = False) ->
         runs: Trainings, which are seeds of the same: a keras History, a dict of lists like `history.history`, or the
             path of a file that `keras.callbacks.CSVLogger` has written, in which of an epoch that is there twice the
             last counts. Or one dict, from names to a training or a list of them, for a band each, at most 8. A metric
-            with fewer numbers than the training has epochs stands at every second, third, ... (`validation_freq`); of
-            those that fit it is the last, since only files say at which epochs it was taken.
+            with fewer numbers than the training has epochs stands at every second, third, ... (`validation_freq`);
+            where several would fit, at the rarest: only files say at which epochs it was taken.
         metrics: The names of what to draw, as in `compile`, without "val_".
         ax: The axes of matplotlib to draw in, as many as metrics; None makes a new figure.
         save: A path to write to, or several: .png, .svg, .pdf or .jpg.
@@ -69,11 +68,9 @@ def history(*runs, metrics=("loss",), ax=None, save=None, show: bool = False) ->
 
 def _panel(ax, found, metric, has_legend) -> dict:
     """Draw one metric of each group."""
-    data, guessed, kinds = (
-        {},
-        False,
-        [kind for kind in ("val_", "") if any(kind + metric in run for g in found.values() for run in g)],
-    )
+    runs = [run for group in found.values() for run in group]
+    kinds = [kind for kind in ("val_", "") if any(kind + metric in run for run in runs)]
+    data, guessed = {}, False
     for (name, group), color in zip(found.items(), COLORS, strict=False):
         label = None
         for kind in kinds:
@@ -95,7 +92,6 @@ def _panel(ax, found, metric, has_legend) -> dict:
 
 
 def _tidy(ax, y, legend) -> None:
-    imported()
     from matplotlib.ticker import MaxNLocator
 
     tidy(ax, "epoch", y, legend)

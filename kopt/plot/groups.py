@@ -13,10 +13,9 @@ from kopt.plot.picture import (
     axes_of,
     columns_of,
     finished,
-    imported,
     in_own_style,
-    label_of,
     panels,
+    plain,
     saves,
     styles,
     tidy,
@@ -107,7 +106,6 @@ def _label(name) -> str:
 
 def _draw(ax, epochs, curves, styled, seen=()) -> None:
     """The curves on a log axis that shows `seen`, too; a bar at the bottom, and words in the legend, where one is 0."""
-    imported()
     from matplotlib.ticker import MaxNLocator
 
     lines = {name: np.where(np.isfinite(values) & (values > 0), values, np.nan) for name, values in curves.items()}
@@ -119,7 +117,7 @@ def _draw(ax, epochs, curves, styled, seen=()) -> None:
         notes = [
             f"{said} in {_spans(epochs, when)}" for said, when in (("0", rests), ("not finite", lost)) if when.any()
         ]
-        label = label_of(_label(name)) + (f" ({'; '.join(notes)})" if notes else "")
+        label = plain(_label(name)) + (f" ({'; '.join(notes)})" if notes else "")
         ax.plot(epochs, line, marker="o", markersize=3, label=label, **style)
         if rests.any():
             row += 1

@@ -130,7 +130,6 @@ def _lost(seeds) -> str:
 
 def _scale(ax, found, said) -> None:
     """A log scale where there can be one, up to where the curves are that have not exploded."""
-    imported()
     from matplotlib.ticker import MaxNLocator
 
     every = {rate: np.concatenate([seed.values for seed in seeds]) for rate, seeds in found.items()}

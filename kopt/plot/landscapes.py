@@ -86,8 +86,8 @@ def plane(model, x=None, y=None, *, metrics=None, ax=None, save=None, show: bool
 
 def _begun(kind, compute, model, x, y, metrics, ax, save, show, how) -> tuple:
     """The files to write, and the record: the one that is given, or that of the model."""
-    files = saves(save, ax, show)
     names = _metrics(metrics)
+    files = saves(save, ax, show, counts=[len(names)] if names else [1, 2][: 1 + (kind is landscape.Slice)])
     if not isinstance(model, kind):
         if not isinstance(model, keras.Model):
             checks.refuse("model", f"a keras.Model, or a kopt.landscape.{kind.__name__}", model)

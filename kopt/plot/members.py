@@ -19,7 +19,7 @@ def snapshots(snap, *, output=None, ax=None, save=None, show: bool = False) -> P
 
     Args:
         snap: A `kopt.callbacks.SnapshotEnsemble` after a `fit` with validation data, or its `results_`.
-        output: The name of an output, of its place if it has none, where there are several; the first by default.
+        output: The name of an output, or its place if it has none, where there are several; the first by default.
         ax: Two axes of matplotlib to draw in; None makes a new figure.
         save: A path to write to, or several: .png, .svg, .pdf or .jpg.
         show: Whether to open a window.

@@ -46,7 +46,8 @@ class Losses:
     def span(self) -> tuple[float, float]:
         runs = self.record.runs
         if not self.is_log:
-            low, high = np.nanmin(self.record.z), max(run.losses[0] for run in runs)
+            low, high = self.record.lowest, max(run.losses[0] for run in runs)
+            low = np.min(self.record.z, where=np.isfinite(self.record.z), initial=high)
             return float(low), float(high + (0.15 * (high - low) or 1.0))
         found = np.concatenate([self.shown(run.losses[: run.last + 1]) for run in runs])
         found = found[np.isfinite(found)]
@@ -55,7 +56,7 @@ class Losses:
 
 
 def title_of(record) -> str:
-    return f"{record.steps} step{'s' * (record.steps != 1)} on {record.surface.name}"
+    return f"{record.steps} step{'s' * (record.steps != 1)} on {label_of(record.surface.name)}"
 
 
 def name_of(run) -> str:
@@ -79,7 +80,7 @@ def draw_map(ax, record, title) -> None:
         ax.plot(*zip(*minima, strict=True), "*", color=PAPER, markeredgecolor=INK, markersize=11, zorder=5)
     ax.plot(*record.surface.start, "o", color=PAPER, markeredgecolor=INK, markersize=6, zorder=5)
     ax.set(xlim=record.view[0], ylim=record.view[1], xlabel="first weight", ylabel="second weight")
-    ax.set_title(title, loc="left", fontsize=11)
+    ax.set_title(label_of(title), loc="left", fontsize=11)
 
 
 def drawn_paths(axes, record, losses) -> list[Path]:
@@ -99,7 +100,7 @@ def drawn_paths(axes, record, losses) -> list[Path]:
         (head,) = axes[0].plot(*heads[-1:].T, color=color, linestyle="", zorder=4, clip_on=False, **mark)
         (line,) = axes[1].plot(losses.shown(values), **style, label=name_of(run))
         is_seen = np.flatnonzero(_is_in(points, record.view))
-        last_seen = run.last if losses.is_log else min(run.last, int(is_seen[-1]) + 1)
+        last_seen = run.last if losses.is_log or not len(is_seen) else min(run.last, int(is_seen[-1]) + 1)
         drawn.append(Path(run, points, values, heads, last_seen, on_map, head, line))
     return drawn
 

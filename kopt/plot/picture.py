@@ -129,8 +129,13 @@ def _styled(name):
         yield
 
 
-def saves(save, ax=None, show=False, moves: bool = False) -> list[str]:
-    """The files that `save=` names, if any; what cannot be drawn into or shown is refused before anything is done."""
+def saves(save, ax=None, show=False, moves: bool = False, counts=()) -> list[str]:
+    """The files that `save=` names, if any; what cannot be drawn into or shown is refused before anything is done.
+
+    `counts` are the numbers of axes that there may be, if that is known by now.
+    """
+    if ax is not None and counts and len(axes_of(ax)) not in counts:
+        _refuse_axes(ax, counts)
     if ax is not None:
         axes_of(ax)
     if checks.boolean("show", show) and ax is not None:
@@ -151,6 +156,11 @@ def axes_of(ax) -> list:
     return given
 
 
+def _refuse_axes(ax, counts):
+    allowed = " or ".join("one of matplotlib's axes" if n == 1 else f"{n} axes of matplotlib" for n in counts)
+    return checks.refuse("ax", allowed, ax)
+
+
 def _checked(name, files, moves) -> list[str]:
     endings = STILL + MOVING * moves
     allowed = f"a path, or a list of them, that ends in {', '.join(endings[:-1])} or {endings[-1]}"
@@ -168,10 +178,8 @@ def panels(ax, rows: int = 1, columns: int = 1, size=(7, 3.5), show: bool = Fals
     A figure is no window: pyplot, which keeps one open, is asked only if it shall be shown.
     """
     if ax is not None:
-        given, count = axes_of(ax), rows * columns
-        if len(given) != count:
-            checks.refuse("ax", "one of matplotlib's axes" if count == 1 else f"{count} axes of matplotlib", ax)
-        return given
+        given = axes_of(ax)
+        return given if len(given) == rows * columns else _refuse_axes(ax, [rows * columns])
     if show:
         from matplotlib import pyplot
 
@@ -199,6 +207,11 @@ def styles(count: int) -> list[dict]:
     return [{"color": COLORS[i % len(COLORS)], "linestyle": LINES[i // len(COLORS) % len(LINES)]} for i in range(count)]
 
 
+def plain(text: str) -> str:
+    """A name in which `$` is a sign, as in a regular expression, and no mathematics begins."""
+    return text.replace("$", r"\$")
+
+
 def label_of(text: str) -> str:
     """A name as matplotlib shows it in a legend: it hides those with `_` in front, and fails on a `$` without sense."""
     from matplotlib.mathtext import MathTextParser
@@ -207,7 +220,7 @@ def label_of(text: str) -> str:
     try:
         MathTextParser("path").parse(text)
     except ValueError:
-        return text.replace("$", r"\$")
+        return plain(text)
     return text
 
 

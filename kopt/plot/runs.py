@@ -92,18 +92,14 @@ def _logged(name, path) -> dict[str, Curve]:
         checks.refuse(name, f"{RUN}, with a first line `epoch,loss,...`", path)
     rows = [row for row in csv.DictReader(lines, delimiter=separator) if None not in row.values()]  # not a cut line
     try:
-        by_epoch = dict(sorted((int(row["epoch"]) + 1, row) for row in _last_of_each(rows)))
+        by_epoch = {int(row["epoch"]) + 1: row for row in rows}  # the last of those that were trained again
+        by_epoch = {epoch: by_epoch[epoch] for epoch in sorted(by_epoch)}
     except ValueError:
         checks.refuse(name, f"{RUN}, with whole numbers as epochs", path)
     metrics = [metric for metric in (rows[0] if rows else ()) if metric != "epoch"]
     found = {metric: _column(by_epoch, metric) for metric in metrics}
     found = {metric: curve for metric, curve in found.items() if curve is not None}
     return found or checks.refuse(name, f"{RUN}; no metric is in this file", path)
-
-
-def _last_of_each(rows):
-    """An epoch that was trained again, after a kill, stands there twice."""
-    return {row["epoch"]: row for row in rows}.values()
 
 
 def _column(rows, metric) -> Curve | None:
@@ -154,8 +150,11 @@ def ends(curve) -> int | None:
 
 def draw(ax, shown: Band, color, **style) -> None:
     """The mean as a line, or as dots where it has no neighbor, and the band around it."""
-    alone = len(shown.epochs) == 1
-    ax.plot(shown.epochs, shown.mean, color=color, marker="o" if alone else None, markersize=4, **style)
+    ax.plot(shown.epochs, shown.mean, color=color, **style)
+    there = np.pad(np.isfinite(shown.mean), 1)
+    alone = there[1:-1] & ~there[:-2] & ~there[2:]
+    if alone.any():
+        ax.plot(shown.epochs[alone], shown.mean[alone], "o", color=color, markersize=4, label="_")
     if np.isfinite(shown.low).any():
         ax.fill_between(shown.epochs, shown.low, shown.high, color=color, alpha=0.2, linewidth=0)
 

@@ -9,10 +9,15 @@ import numpy as np
 from kopt import callbacks, checks, schedules
 from kopt.callbacks import stages
 from kopt.callbacks.snapshots import split, waves
-from kopt.plot.picture import Picture, finished, in_own_style, panels, saves, styles, tidy
+from kopt.plot.picture import Picture, finished, in_own_style, panels, plain, saves, styles, tidy
 from kopt.schedules.time import Time
 
 RATE = "learning_rate"
+UNKNOWN = (
+    keras.callbacks.LearningRateScheduler,
+    keras.callbacks.ReduceLROnPlateau,
+    callbacks.LearningRateFinder,
+)
 RESTARTING, MOST = ("learning rate", "value"), 40  # what has restarts, and of one curve the most that are marked
 SHOWN = "schedules, callbacks that follow one, StagedUnfreeze, SnapshotEnsemble, RateMonitor, and lists of callbacks"
 
@@ -148,7 +153,7 @@ def _curves(one, span) -> list[Line]:
             checks.refuse("shown", "a callback that has seen a `fit`", one)
         return [Line(_words(name), _words(name), values) for name, values in one.history.items()]
     if isinstance(one, callbacks.StagedUnfreeze):
-        return [Line("multiplier", track.name, _of_track(track, span)) for track in _tracks(one, span)]
+        return [Line("multiplier", plain(track.name), _of_track(track, span)) for track in _tracks(one, span)]
     if driven := _driven(one, span):
         labels = [repr(each) if len(driven) == 1 else f"{one.name}: {_words(name)}" for name, each in driven.items()]
         values = [_preview(each, name, span) for name, each in driven.items()]
@@ -194,6 +199,8 @@ def _of_fit(listed, span) -> list[Line]:
         if isinstance(one, callbacks.StagedUnfreeze):
             tracks += _tracks(one, span)
             continue
+        if isinstance(one, UNKNOWN):
+            checks.refuse("shown", "without what nobody knows before the fit what it does to the rate", one)
         driven = _driven(one, span)
         if not driven and not isinstance(one, keras.callbacks.Callback):
             checks.refuse("shown", SHOWN, one)
@@ -208,7 +215,7 @@ def _of_fit(listed, span) -> list[Line]:
         values, has_groups = _product(name, parts, span), name == RATE and bool(tracks)
         curves.append(Line(_words(name), "all others" if has_groups else _words(name), values))
         if has_groups:
-            curves += [Line(_words(name), track.name, values * _of_track(track, span)) for track in tracks]
+            curves += [Line(_words(name), plain(track.name), values * _of_track(track, span)) for track in tracks]
     return curves
 
 

@@ -56,7 +56,7 @@ def trajectories(
         >>> [line.get_label() for line in picture.axes[1].lines]
         ['momentum, rate 0.003', 'L-BFGS, line search']
     """
-    files = saves(save, ax, show, moves=True)
+    files = saves(save, ax, show, moves=True, counts=[2])
     title = checks.optional(checks.sentence)("title", title)
     asked = {"surface": surface, "steps": steps, "start": start, "view": view, "tune": tune}
     asked = {name: value for name, value in asked.items() if value is not None}
