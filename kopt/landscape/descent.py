@@ -85,14 +85,18 @@ class Descent:
         left = np.clip((losses - lowest) / gain, NEAR, None)
         return float(np.log(np.append(left, [NEAR] * (len(way.losses) - len(left)))).mean())
 
+    def _within(self, points, times) -> np.ndarray:
+        """Which points lie in a view so many times as large."""
+        view = self.surface.view
+        return (np.abs(points - np.mean(view, 1)) <= times * np.ptp(view, 1) / 2).all(1)
+
     def _jumps(self, way) -> bool:
         """Whether it leaves the view uphill, or steps over a quarter of it: luck, where it comes down."""
         if not self.surface.view:
             return False
-        middle, half = np.mean(self.surface.view, 1), np.ptp(self.surface.view, 1) / 2
         with np.errstate(all="ignore"):
-            is_in = (np.abs(way.points - middle) <= half).all(1)
-            is_long = (np.abs(np.diff(way.points, axis=0)) > half / 2).any(1)
+            is_in = self._within(way.points, 1)
+            is_long = (np.abs(np.diff(way.points, axis=0)) > np.ptp(self.surface.view, 1) / 4).any(1)
         return bool((~is_in & (way.losses > way.losses[0])).any() or (is_long & is_in[:-1]).any())
 
     def _gone(self, points, losses) -> tuple:
@@ -100,11 +104,10 @@ class Descent:
         with np.errstate(all="ignore"):
             lost = ~np.isfinite(points).all(1) | ~np.isfinite(losses)
             if self.surface.view:
-                middle, half = np.mean(self.surface.view, 1), np.ptp(self.surface.view, 1) / 2
-                lost |= (np.abs(points - middle) > FAR * half).any(1)
+                lost |= ~self._within(points, FAR)
         if not lost[-1]:  # what comes back, as from a try of a line search, was not lost
             return None, False
-        gone = len(lost) - int(np.argmin(lost[::-1])) if not lost.all() else 0
+        gone = len(lost) - int(np.argmin(lost[::-1]))  # the start is there
         last = losses[max(gone - 1, 0)] if losses[gone] == -np.inf else losses[gone]
         return gone, bool(last < losses[0])  # no number is no way down
 

@@ -8,6 +8,7 @@ import sys
 from kopt import landscape, plot
 from kopt.optimizers.named import RULES, SOLVERS
 from kopt.plot import expressions
+from kopt.plot.picture import STILL
 
 EXAMPLES = """
 examples:
@@ -16,7 +17,7 @@ examples:
   python -m kopt.plot schedule "WarmUp(steps=50) >> CosineDecay(initial=0.1)" --steps 1000 -o rates.png
   python -m kopt.plot history adam=runs/adam/*.csv sgd=runs/sgd/*.csv --metrics loss,accuracy -o history.png
 """
-STILLS = ".png, .svg, .pdf, .jpg"
+STILLS = ", ".join(STILL)
 
 
 def words(text: str) -> list[str]:

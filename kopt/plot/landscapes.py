@@ -113,8 +113,8 @@ def _names(record, metrics, most) -> list[str]:
     return names
 
 
-def _metrics(metrics) -> list[str]:
-    """The names that are asked for."""
+def _metrics(metrics) -> list[str] | None:
+    """The names that are asked for, if any are."""
     which = "the name of a metric, or a list of them"
     return checks.optional(checks.one_or_several(checks.sentence, which))("metrics", metrics)
 

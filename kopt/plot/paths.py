@@ -44,19 +44,19 @@ class Losses:
             return np.maximum(losses - self.record.lowest, FLOOR * self.gain) if self.is_log else np.asarray(losses)
 
     def span(self) -> tuple[float, float]:
-        runs = self.record.runs
+        runs, z = self.record.runs, self.record.z[np.isfinite(self.record.z)]
         if not self.is_log:
-            low, high = self.record.lowest, max(run.losses[0] for run in runs)
-            low = np.min(self.record.z, where=np.isfinite(self.record.z), initial=high)
+            high = max(run.losses[0] for run in runs)
+            low = z.min(initial=high)
             return float(low), float(high + (0.15 * (high - low) or 1.0))
         found = np.concatenate([self.shown(run.losses[: run.last + 1]) for run in runs])
         found = found[np.isfinite(found)]
-        top = min(found.max(), np.nanmax(self.record.z) - self.record.lowest)
+        top = min(found.max(), z.max(initial=self.record.lowest) - self.record.lowest)
         return float(max(found.min() / 2, FLOOR * self.gain)), float(2 * max(top, self.gain))
 
 
 def title_of(record) -> str:
-    return f"{record.steps} step{'s' * (record.steps != 1)} on {label_of(record.surface.name)}"
+    return f"{record.steps} step{'s' * (record.steps != 1)} on {record.surface.name}"
 
 
 def name_of(run) -> str:

@@ -134,10 +134,10 @@ def saves(save, ax=None, show=False, moves: bool = False, counts=()) -> list[str
 
     `counts` are the numbers of axes that there may be, if that is known by now.
     """
-    if ax is not None and counts and len(axes_of(ax)) not in counts:
-        _refuse_axes(ax, counts)
     if ax is not None:
-        axes_of(ax)
+        given = axes_of(ax)
+        if counts and len(given) not in counts:
+            _refuse_axes(ax, counts)
     if checks.boolean("show", show) and ax is not None:
         checks.refuse("show", "False beside `ax`, whose figure is yours to show", show)
     imported()

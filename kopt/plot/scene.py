@@ -31,7 +31,7 @@ def scene(record, paths, losses, title) -> dict:
     box, (width, height), scale = ax.get_window_extent(), figure.canvas.get_width_height(), SHARP / figure.dpi
     low, high = losses.span()
     return {
-        "title": title.replace(r"\$", "$"),
+        "title": title,
         "caption": caption(record).replace("\n", " "),
         "map": {
             "image": in_few_colors(file),
